@@ -1,0 +1,123 @@
+"""The seam: what a backend must do, and nothing else.
+
+A backend sums flat tensors over workers. Everything above it (gradients, batch-norm statistics, metrics, broadcast,
+barrier) is made of that one verb, so that a new backend is a class of five members.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dtrain.errors import UsageError
+
+LANES = ("gradient", "norm", "metric")
+"""Kinds of traffic. Each has a lane of its own: a batch-norm message and a gradient bucket never wait for each other's
+turn, and cannot interleave differently on two workers. A key begins with its lane: `gradient/3`, `norm/layer1.bn`."""
+
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+)
+"""Types that every backend sums."""
+
+
+class Work(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> None:
+        """Return when the tensor holds the result.
+
+        Raises:
+            CommError: another process is gone, late or silent; the message names it.
+        """
+
+
+@dataclass
+class Traffic:
+    """Payload bytes that one worker has sent and received, by lane."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+
+    def count(self, key: str, sent: int, received: int) -> None:
+        lane = lane_of(key)
+        self.sent[lane] += sent
+        self.received[lane] += received
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Sums flat tensors over `world_size` workers, which make the same calls in the same order within each lane."""
+
+    name: str
+    rank: int
+    world_size: int
+    traffic: Traffic
+
+    def empty(self, numel: int, dtype: torch.dtype, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """Uninitialised flat tensor in the memory that this backend sends fastest."""
+
+    def all_reduce(self, flat: Tensor, key: str) -> Work:
+        """Start to replace `flat` by its sum over workers: the same bits on every worker.
+
+        Args:
+            flat: contiguous tensor of one dimension, of a type in `DTYPES`; not to be touched until `wait`.
+            key: lane, a slash, and a name; says what is sent, in error messages too.
+        """
+
+    def close(self) -> None:
+        """Leave the job. Idempotent; no call may follow."""
+
+
+@runtime_checkable
+class PrimaryHost(Backend, Protocol):
+    """A Backend whose worker 0 can update for all: gradients are gathered there, parameters come from there."""
+
+    def gather_sum(self, flat: Tensor, key: str) -> Work:
+        """Start to replace worker 0's `flat` by the sum over workers; the others' is left as it is."""
+
+    def send_first(self, flat: Tensor, key: str) -> Work:
+        """Start to replace everyone's `flat` by worker 0's."""
+
+
+class Done:
+    """The work of a transfer that is over when it starts."""
+
+    def wait(self) -> None:
+        return None
+
+
+def lane_of(key: str) -> str:
+    """The lane that a key travels on.
+
+    Raises:
+        UsageError: the key does not begin with a lane and a slash.
+    """
+    lane, slash, _ = key.partition("/")
+    if not slash or lane not in LANES:
+        raise UsageError(f"key {key!r} names no lane: a key is one of {', '.join(LANES)}, a slash, and a name")
+    return lane
+
+
+def check_flat(flat: Tensor, key: str) -> None:
+    """Refuse what cannot be summed as it lies in memory.
+
+    Raises:
+        UsageError: more than one dimension, not contiguous, sparse, or a type not in `DTYPES`.
+    """
+    lane_of(key)
+    if flat.layout is not torch.strided or flat.dim() != 1 or not flat.is_contiguous():
+        raise UsageError(f"{key}: all_reduce takes a flat contiguous tensor, not one of shape {tuple(flat.shape)}")
+    if flat.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise UsageError(f"{key}: type {flat.dtype} cannot be summed over workers; the types are {names}")

@@ -1,0 +1,206 @@
+"""`connect`: find this process's place in its job, and join the job over the backend that was asked for."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import torch.distributed as dist
+
+from dtrain import env
+from dtrain.comm.allreduce import AllReduce
+from dtrain.comm.base import Backend
+from dtrain.comm.rendezvous import meet, open_store
+from dtrain.comm.solo import Solo
+from dtrain.errors import UsageError
+from dtrain.processes import Child, end_with_launcher, remove, server_command
+from dtrain.ps.client import ParameterServer
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("solo", "threads", "ps", "allreduce")
+"""Names of the backends that come with dtrain. An entry point in the group `dtrain.backends` adds one: a function from
+`Request` to `Backend`."""
+
+_joined: Counter[str] = Counter()  # how often this process has joined each backend: keeps stores apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a backend is told."""
+
+    place: env.Place
+    """Where this process stands."""
+    timeout_s: float
+    """Longest wait for another process, in seconds."""
+    connect_timeout_s: float
+    """Longest wait for the others at the start, in seconds."""
+
+
+def connect(
+    backend: str | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    store: str | None = None,
+    server: str | None = None,
+    timeout_s: float | None = None,
+    connect_timeout_s: float = 30.0,
+) -> Backend:
+    """Join the job: one call, on every worker.
+
+    What is not given comes from the environment (`DTRAIN_*`, torchrun's variables, `DMLC_*`); without any, this is a
+    job of one worker. The resolved place is logged at level info (`DTRAIN_LOG_LEVEL=info`).
+
+    Args:
+        backend: `solo`, `ps`, `allreduce`, or the name of an entry point. Default: `allreduce`, alone `solo`.
+        rank: this worker's number, from 0.
+        world_size: number of workers.
+        store: where workers of `allreduce` meet: `tcp://host:port` or `file:///path`.
+        server: where the parameter server of `ps` is: `ipc:///path` or `tcp://host:port`. Under torchrun on one host,
+            worker 0 starts one when none is named.
+        timeout_s: longest wait for another process in any later call, in seconds; default 60.
+        connect_timeout_s: longest wait for the others here, in seconds.
+
+    Raises:
+        UsageError: unknown backend, or arguments and variables that contradict each other.
+        ConnectError: some workers, or the server, were not there in time.
+        ProtocolError: something else than dtrain answers at the address.
+    """
+    place = env.resolve(backend=backend, rank=rank, world_size=world_size, store=store, servers=server, timeout_s=timeout_s)
+    if place.role != "worker":
+        raise UsageError(f"this process was started as {place.role}: run `dtrain {place.role}` instead of a training script")
+    name = place.backend or ("allreduce" if place.world_size > 1 else "solo")
+    log.info("place in the job:\n%s", place.table())
+    join = _finder(name)
+    if name != "threads":
+        end_with_launcher(place, f"worker {place.rank}")
+    limit_s = 60.0 if place.timeout_s is None else place.timeout_s
+    if limit_s <= 0 or connect_timeout_s <= 0:
+        raise UsageError(f"timeout_s is {limit_s}, connect_timeout_s {connect_timeout_s}: give seconds, more than 0")
+    return join(Request(place=place, timeout_s=limit_s, connect_timeout_s=connect_timeout_s))
+
+
+def _finder(name: str) -> Callable[[Request], Backend]:
+    own: dict[str, Callable[[Request], Backend]] = {
+        "solo": _solo,
+        "threads": _threads,
+        "ps": _ps,
+        "allreduce": _allreduce,
+    }
+    if name in own:
+        return own[name]
+    others = {point.name: point for point in entry_points(group="dtrain.backends")}
+    if name in others:
+        loaded: Callable[[Request], Backend] = others[name].load()
+        return loaded
+    raise UsageError(f"backend is {name!r}; there are {', '.join([*BACKENDS, *sorted(others)])}")
+
+
+def _solo(request: Request) -> Backend:
+    if request.place.world_size > 1:
+        raise UsageError(f"backend solo is a world of one, and world_size is {request.place.world_size}")
+    return Solo()
+
+
+def _threads(request: Request) -> Backend:
+    raise UsageError(
+        "backend threads runs all workers in one process: call dtrain.run(fn, workers=n, backend='threads') "
+        "instead of dtrain.connect()"
+    )
+
+
+def _allreduce(request: Request) -> Backend:
+    place = request.place
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (place.rank, place.world_size) and place.world_size > 1:
+            raise UsageError(
+                f"this process is rank {dist.get_rank()} of {dist.get_world_size()} in torch.distributed's group and "
+                f"{place.rank} of {place.world_size} here"
+            )
+        return AllReduce(dist.get_rank(), dist.get_world_size(), store=None, timeout_s=request.timeout_s)
+    if place.world_size == 1 and place.store is None:
+        return AllReduce(0, 1, store=dist.HashStore(), timeout_s=request.timeout_s)
+    return AllReduce(place.rank, place.world_size, store=_met(request, "allreduce"), timeout_s=request.timeout_s)
+
+
+def _ps(request: Request) -> Backend:
+    place = request.place
+    address, stop = place.servers, None
+    if address is None:
+        address, stop = _own_server(request)
+    if "," in address:
+        raise UsageError(f"servers is {address!r}: one server is supported, name one address")
+    return ParameterServer(
+        address,
+        place.rank,
+        place.world_size,
+        job_id=place.job_id,
+        timeout_s=request.timeout_s,
+        connect_timeout_s=request.connect_timeout_s,
+        on_close=stop,
+    )
+
+
+def _own_server(request: Request) -> tuple[str, Callable[[], None] | None]:
+    """Address of a server that worker 0 starts for the job, on one host; on worker 0, what ends it afterwards."""
+    place = request.place
+    if place.local_world_size != place.world_size:
+        raise UsageError(
+            "the workers are on several hosts and no server is named: start one with `dtrain server --bind tcp://…` "
+            "and give its address by server= or DTRAIN_SERVERS"
+        )
+    if place.world_size > 1 and place.store is None:
+        raise UsageError("backend ps needs the address of its server: give server=, or set DTRAIN_SERVERS")
+    store = _met(request, "ps") if place.world_size > 1 else None
+    if place.rank == 0:
+        folder = tempfile.mkdtemp(prefix="dtrain-")
+        address = f"ipc://{folder}/server"
+        inner = env.Place(role="server", job_id=place.job_id, job_dir=folder)
+        server = Child("server", server_command(address, place.world_size, timeout_s=request.timeout_s), inner)
+        if store is not None:
+            store.set("server", address)
+
+        def stop() -> None:
+            server.wait(2.0)  # it ends by itself when all workers have left
+            server.stop()
+            remove(folder)
+
+        return address, stop
+    assert store is not None  # noqa: S101  (there is a rank above 0)
+    return store.get("server").decode(), None
+
+
+def _met(request: Request, backend: str) -> dist.Store:
+    """The job's store, with everyone there."""
+    place = request.place
+    store = _open(request, backend)
+    meet(
+        store,
+        rank=place.rank,
+        world_size=place.world_size,
+        backend=backend,
+        timeout_s=request.connect_timeout_s,
+    )
+    return store
+
+
+def _open(request: Request, backend: str) -> dist.Store:
+    place = request.place
+    if place.store is None:
+        raise UsageError(
+            f"backend {backend} with {place.world_size} workers needs a place to meet: start the job with `dtrain launch` "
+            "or torchrun, or give store='tcp://host:port' or 'file:///path'"
+        )
+    number, _joined[backend] = _joined[backend], _joined[backend] + 1
+    return open_store(
+        place.store,
+        rank=place.rank,
+        host_it=not env.agent_hosts_store(),
+        timeout_s=request.connect_timeout_s,
+        prefix=f"dtrain/{place.job_id or 'job'}/{place.restart}/{backend}/{number}",
+    )

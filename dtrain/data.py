@@ -1,0 +1,219 @@
+"""Each worker's share of the data: a pure function of (seed, epoch, step, worker).
+
+The user gives the global batch. It is cut into micro-batches, the same ones for any number of workers, and each
+micro-batch into one share a worker: the k-th micro-batches of all workers together are the k-th micro-batch of one
+worker. Shares differ by at most one sample; the last batch of an epoch is what is left. Nothing is dropped, nothing
+comes twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from dtrain.errors import DataError, UsageError
+
+Collate = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One forward of one worker."""
+
+    batch: Any
+    """What the loss takes; with no sample in it where `samples` is 0."""
+    samples: int
+    """This worker's share of the micro-batch."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, as one worker sees it."""
+
+    number: int
+    """Position in the epoch, from 0."""
+    total: int
+    """Samples of all workers and micro-batches together."""
+    micro_batches: Iterator[Micro] | list[Micro]
+
+
+def shuffled(num_samples: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch: (num_samples,) int64; one shuffle for all workers."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(num_samples, generator=generator)
+
+
+def cut(count: int, part: int, parts: int) -> slice:
+    """Positions of one of `parts` nearly equal parts of `count` things."""
+    return slice(part * count // parts, (part + 1) * count // parts)
+
+
+def accumulation(global_batch: int, micro_batch: int | None, world_size: int) -> int:
+    """How many micro-batches a step has, so that none holds more than `micro_batch` samples of a worker.
+
+    Raises:
+        UsageError: a batch of no samples.
+    """
+    if global_batch < 1 or (micro_batch is not None and micro_batch < 1):
+        raise UsageError(f"global_batch is {global_batch}, micro_batch {micro_batch}: a batch has at least one sample")
+    return 1 if micro_batch is None else math.ceil(global_batch / (micro_batch * world_size))
+
+
+def share(count: int, *, accumulate: int, rank: int, world_size: int) -> list[range]:
+    """Positions in a global batch of `count` samples that are one worker's, a range for each micro-batch."""
+    pieces = min(accumulate, count)
+    ranges = []
+    for k in range(pieces):
+        piece = cut(count, k, pieces)
+        mine = cut(piece.stop - piece.start, rank, world_size)
+        ranges.append(range(piece.start + mine.start, piece.start + mine.stop))
+    return ranges
+
+
+class Loader:
+    """Steps of an epoch for one worker, from any map-style or iterable data set.
+
+    A data set with a method `batch(indices)` is asked for whole micro-batches; others go through torch's DataLoader.
+    Of an iterable data set, each worker reads the whole stream and keeps its share; its order is the data set's own.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        global_batch: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        collate: Collate = default_collate,
+    ) -> None:
+        """
+        Args:
+            accumulate: micro-batches in a step; see `accumulation`.
+            num_workers: processes that fetch ahead, as in torch's DataLoader.
+            collate: makes a batch of a list of samples.
+
+        Raises:
+            UsageError: a batch of no samples; DataError: a data set of none.
+        """
+        accumulation(global_batch, None, world_size)
+        self.dataset = dataset
+        self.global_batch = global_batch
+        self._accumulate = accumulate
+        self._place = {"rank": rank, "world_size": world_size}
+        self._seed = seed
+        self._shuffle = shuffle
+        self._num_workers = num_workers
+        self._collate = collate
+        self.num_samples: int | None = None
+        if not isinstance(dataset, IterableDataset):
+            self.num_samples = len(dataset)  # type: ignore[arg-type]
+            if self.num_samples == 0:
+                raise DataError("the data set has no samples")
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """None for a stream of unknown length."""
+        return None if self.num_samples is None else math.ceil(self.num_samples / self.global_batch)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Step]:
+        """The steps of an epoch, from step number `start` on."""
+        if isinstance(self.dataset, IterableDataset):
+            return self._stream(start)
+        return self._map(epoch, start)
+
+    def _map(self, epoch: int, start: int) -> Iterator[Step]:
+        assert self.num_samples is not None  # noqa: S101
+        count = self.num_samples
+        order = shuffled(count, self._seed, epoch) if self._shuffle else torch.arange(count)
+        batches = list(order.split(self.global_batch))[start:]
+        shares = [share(len(b), accumulate=self._accumulate, **self._place) for b in batches]
+        indices = [b[r.start : r.stop] for b, ranges in zip(batches, shares, strict=True) for r in ranges]
+        # A worker without a share still takes part in the forward: it fetches a sample to learn the shapes.
+        spare = [b[:1] for b, ranges in zip(batches, shares, strict=True) for _ in ranges]
+        fetched = self._fetch(epoch, [i if len(i) else s for i, s in zip(indices, spare, strict=True)])
+        micros = (Micro(b if len(i) else empty(b), len(i)) for b, i in zip(fetched, indices, strict=True))
+        for number, (batch, ranges) in enumerate(zip(batches, shares, strict=True), start):
+            yield Step(number, len(batch), islice(micros, len(ranges)))
+
+    def _fetch(self, epoch: int, indices: list[Tensor]) -> Iterable[Any]:
+        whole = getattr(self.dataset, "batch", None)
+        if whole is not None and self._num_workers == 0:
+            return (whole(i) for i in indices)
+        generator = torch.Generator().manual_seed((self._seed * 31 + epoch) * 1009 + self._place["rank"])
+        return DataLoader(
+            self.dataset,
+            batch_sampler=[i.tolist() for i in indices],
+            num_workers=self._num_workers,
+            collate_fn=self._collate,
+            generator=generator,
+        )
+
+    def _stream(self, start: int) -> Iterator[Step]:
+        stream = _Shares(self.dataset, self.global_batch, self._accumulate, self._place, self._collate)  # type: ignore[arg-type]
+        if self._num_workers > 1:
+            raise UsageError(f"num_workers is {self._num_workers}: a stream is read by one process, give 0 or 1")
+        loader = DataLoader(stream, batch_size=None, num_workers=self._num_workers)
+        for number, (total, micros) in enumerate(loader):
+            if number >= start:
+                yield Step(number, total, [Micro(batch, samples) for batch, samples in micros])
+
+
+class _Shares(IterableDataset[Any]):
+    """(samples in the global batch, this worker's micro-batches) from a stream of samples."""
+
+    def __init__(
+        self, source: Iterable[Any], global_batch: int, accumulate: int, place: dict[str, int], collate: Collate
+    ) -> None:
+        self._source = source
+        self._global_batch = global_batch
+        self._accumulate = accumulate
+        self._place = place
+        self._collate = collate
+
+    def __iter__(self) -> Iterator[tuple[int, list[tuple[Any, int]]]]:
+        source = iter(self._source)
+        while samples := list(islice(source, self._global_batch)):
+            ranges = share(len(samples), accumulate=self._accumulate, **self._place)
+            yield len(samples), [self._micro(samples, r) for r in ranges]
+
+    def _micro(self, samples: Sequence[Any], mine: range) -> tuple[Any, int]:
+        if len(mine) == 0:
+            return empty(self._collate([samples[0]])), 0
+        return self._collate(list(samples[mine.start : mine.stop])), len(mine)
+
+
+def empty(batch: Any) -> Any:
+    """The batch without its samples: tensors of first dimension 0."""
+    if isinstance(batch, Tensor):
+        return batch[:0]
+    if isinstance(batch, dict):
+        return {key: empty(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(empty(value) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(empty(value) for value in batch)
+    return batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

@@ -1,0 +1,47 @@
+"""Mean and variance of a whole from those of its parts, by mean and M2 (Chan, Golub & LeVeque 1983, section 3).
+
+M2 is the sum of squared distances from the mean. E[x^2] - E[x]^2 loses all digits where the mean is large against the
+standard deviation, and can come out negative; this cannot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and M2 of each channel, and the number of values a channel has.
+
+    Args:
+        x: (N, C, ...), any floating type; half precision is summed in float32. N may be 0.
+
+    Returns:
+        mean (C,) and M2 (C,) in float64, count. Zeros where there are no values.
+    """
+    channels = x.shape[1]
+    count = x.numel() // max(1, channels)
+    if count == 0:
+        zeros = x.new_zeros(channels, dtype=torch.float64)
+        return zeros, zeros.clone(), 0
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    variance, mean = torch.var_mean(wide, dim=[0, *range(2, x.dim())], correction=0)
+    return mean.double(), variance.double() * count, count
+
+
+def merge(means: Tensor, m2s: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, M2 and count of the union.
+
+    Args:
+        means: (parts, C) float64.
+        m2s: (parts, C) float64.
+        counts: (parts,) float64; parts of count 0 do not matter.
+
+    Returns:
+        mean (C,), M2 (C,), count (), float64.
+    """
+    total = counts.sum()
+    weights = (counts / total.clamp(min=1)).unsqueeze(1)
+    mean = (means * weights).sum(0)
+    between = ((means - mean).square() * counts.unsqueeze(1)).sum(0)
+    return mean, m2s.sum(0) + between, total

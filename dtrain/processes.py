@@ -1,0 +1,162 @@
+"""Processes of a job on this host: how they are started, and how they end when whoever started them is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from dtrain import env
+from dtrain.errors import CommError
+
+log = logging.getLogger(__name__)
+
+
+class Child:
+    """A process of the job, in a session of its own, that learns when this process dies."""
+
+    def __init__(
+        self, name: str, argv: Sequence[str], place: env.Place, *, threads: int = 1, prefix_output: bool = True
+    ) -> None:
+        """Start it.
+
+        Args:
+            name: as messages call it: `worker 1`, `server`.
+            argv: the command.
+            place: what it is to find in its environment.
+            threads: processor threads it may use.
+            prefix_output: put the name before each line that it prints; else it prints where this process does.
+        """
+        self.name = name
+        read_end, self._lifeline = os.pipe()
+        place = env.Place(**{**vars(place), "launcher_fd": read_end})
+        pipe = subprocess.PIPE if prefix_output else None
+        self.process = subprocess.Popen(  # noqa: S603  (the command is the user's own)
+            list(argv),
+            env=env.for_child(place, threads=threads, loopback=env.LOOPBACK),
+            pass_fds=(read_end,),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+        )
+        os.close(read_end)
+        self._pumps = [_pump(name, *ends) for ends in self._streams()] if prefix_output else []
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.process.pid})"
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def stopped(self) -> bool:
+        """Whether it exists and has been stopped (SIGSTOP)."""
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        return False
+
+    def how(self) -> str:
+        """How it ended, in words."""
+        code = self.process.returncode
+        if code is None:
+            return "was stopped (SIGSTOP)" if self.stopped() else "still ran"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def signal(self, number: int) -> None:
+        """Send a signal to it and to what it has started."""
+        if not self.ended():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it ended within the time."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        for pump in self._pumps:
+            pump.join(1.0)
+        return True
+
+    def stop(self, *, grace_s: float = 2.0) -> None:
+        """End it: gently, then for certain, and leave nothing behind."""
+        if not self.ended() and not self.stopped():
+            self.signal(signal.SIGTERM)
+            self.wait(grace_s)
+        self.signal(signal.SIGKILL)
+        self.wait(5.0)
+        with contextlib.suppress(OSError):
+            os.close(self._lifeline)
+        self._lifeline = -1
+
+    def _streams(self) -> list[tuple[IO[bytes], IO[str]]]:
+        out, err = self.process.stdout, self.process.stderr
+        return [(out, sys.stdout), (err, sys.stderr)] if out and err else []
+
+
+def server_command(address: str, world_size: int, *, timeout_s: float) -> list[str]:
+    """Command line of a parameter server's process."""
+    return [
+        *(sys.executable, "-m", "dtrain", "server", "--bind", address),
+        *("--workers", str(world_size), "--timeout-s", str(timeout_s)),
+    ]
+
+
+def end_with_launcher(place: env.Place, who: str) -> None:
+    """End this process, with a word of why, when the one that started it is gone."""
+    fd = place.launcher_fd
+    if fd is None:
+        return
+    try:
+        os.set_inheritable(fd, False)
+    except OSError:
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            os.read(fd, 1)  # returns when the launcher's end closes, whatever the reason
+        message = f"dtrain: {who}: the launcher is gone; stopping\n"
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())
+        remove(place.job_dir)
+        os._exit(CommError.exit_code)
+
+    threading.Thread(target=watch, daemon=True, name="dtrain-lifeline").start()
+
+
+def remove(job_dir: str | None) -> None:
+    """Remove the job's directory of sockets and rendezvous files."""
+    if job_dir and Path(job_dir).name.startswith("dtrain-"):
+        shutil.rmtree(job_dir, ignore_errors=True)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return os.cpu_count() or 1
+
+
+def _pump(name: str, source: IO[bytes], target: IO[str]) -> threading.Thread:
+    """Copy lines from a child, with its name before each."""
+
+    def copy() -> None:
+        for line in source:
+            target.write(f"[{name}] {line.decode(errors='replace')}")
+            target.flush()
+        source.close()
+
+    thread = threading.Thread(target=copy, daemon=True, name=f"dtrain-{name}")
+    thread.start()
+    return thread
