@@ -1,0 +1,236 @@
+"""What hangs on the training loop. A hook is given the state of the run, never the trainer.
+
+    class Hook(Protocol):
+        on_start(state)    before the first step
+        on_step(state)     after each optimizer step
+        on_epoch(state)    after each epoch
+        on_end(state)      after the last step
+
+Hooks run on every worker, at the same steps, in the order in which they were given: one that communicates may.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dtrain import checkpoint
+from dtrain.comm.base import Backend
+from dtrain.errors import UsageError
+from dtrain.evaluate import Score, evaluate
+
+
+@dataclass
+class State:
+    """What a hook sees of a run, and may add metrics to."""
+
+    model: nn.Module
+    comm: Backend
+    steps: int | None
+    """Optimizer steps in all, where it is known."""
+    snapshot: Callable[[], dict[str, object] | None]
+    """What a checkpoint holds, on worker 0; None elsewhere. All workers must call it."""
+    step: int = 0
+    """Optimizer steps made."""
+    epoch: int = 0
+    """Epochs completed."""
+    samples: int = 0
+    """Samples seen by all workers together."""
+    loss: float = math.nan
+    """Mean loss over the samples since the last record."""
+    record: dict[str, float] | None = None
+    """What is to be logged after this step, on worker 0: loss, rate, times, bytes. None between records."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The latest evaluation."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is worker 0, which prints and writes for all."""
+        return self.comm.rank == 0
+
+
+class Hook:
+    """Base of hooks: does nothing."""
+
+    def on_start(self, state: State) -> None: ...
+
+    def on_step(self, state: State) -> None: ...
+
+    def on_epoch(self, state: State) -> None: ...
+
+    def on_end(self, state: State) -> None: ...
+
+
+class Progress(Hook):
+    """A progress bar on worker 0, with the loss and the latest metrics; a terminal's only, unless `always`."""
+
+    def __init__(self, label: str, *, stream: TextIO | None = None, always: bool = False) -> None:
+        self._label = label
+        self._stream = stream or sys.stderr
+        self._always = always
+        self._bar: tqdm[Any] | None = None
+
+    def on_start(self, state: State) -> None:
+        if state.first and (self._always or self._stream.isatty()):
+            self._bar = tqdm(
+                total=state.steps, initial=state.step, desc=self._label, file=self._stream, unit="step", leave=True
+            )
+
+    def on_step(self, state: State) -> None:
+        if self._bar is None:
+            return
+        if state.record:
+            shown = {"loss": f"{state.loss:.4f}", **{k: f"{v:.4f}" for k, v in state.metrics.items() if k != "loss"}}
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def on_end(self, state: State) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Evaluate(Hook):
+    """Scores of a data set after each epoch and at the end, into `state.metrics`."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        score: Score,
+        *,
+        finish: Callable[[dict[str, float]], dict[str, float]] = dict,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            score: see `dtrain.evaluate`.
+            finish: turns the means into what is reported (a perplexity, say).
+        """
+        self._dataset = dataset
+        self._score = score
+        self._finish = finish
+        self._device = device
+        self._scored_step = -1
+
+    def on_epoch(self, state: State) -> None:
+        if state.step == self._scored_step:
+            return
+        self._scored_step = state.step
+        means = evaluate(state.model, self._dataset, self._score, state.comm, device=self._device)
+        state.metrics = self._finish(means)
+
+    def on_end(self, state: State) -> None:
+        self.on_epoch(state)
+
+
+class JsonLog(Hook):
+    """One JSON object a line, on worker 0: records of steps, and the metrics after each epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def on_start(self, state: State) -> None:
+        if state.first:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+
+    def on_step(self, state: State) -> None:
+        if state.record is not None:
+            self._write({"step": state.step, "epoch": state.epoch, "samples": state.samples, **state.record})
+
+    def on_epoch(self, state: State) -> None:
+        if state.metrics:
+            self._write({"step": state.step, "epoch": state.epoch, "samples": state.samples, "metrics": state.metrics})
+
+    def on_end(self, state: State) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, record: dict[str, object]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+
+class TensorBoard(Hook):
+    """Scalars for TensorBoard, on worker 0. Needs the extra `dtrain[tensorboard]`."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError("TensorBoard is not installed: pip install 'dtrain[tensorboard]'") from error
+        self._make = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_start(self, state: State) -> None:
+        if state.first:
+            self._writer = self._make(str(self._folder))
+
+    def on_step(self, state: State) -> None:
+        self._write("train", state.record or {}, state.step)
+
+    def on_epoch(self, state: State) -> None:
+        self._write("test", state.metrics, state.step)
+
+    def on_end(self, state: State) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, group: str, values: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+class Checkpoint(Hook):
+    """Saves the run every so many steps, and at the end."""
+
+    def __init__(self, root: Path, *, every_steps: int | None = None, keep: int = 3) -> None:
+        """
+        Args:
+            root: directory of the checkpoints.
+            every_steps: None: after each epoch.
+            keep: how many of the newest stay.
+        """
+        if every_steps is not None and every_steps < 1:
+            raise UsageError(f"every_steps is {every_steps}: give 1 or more")
+        self._root = root
+        self._every_steps = every_steps
+        self._keep = keep
+        self._saved_step = -1
+
+    def on_start(self, state: State) -> None:
+        self._saved_step = state.step
+
+    def on_step(self, state: State) -> None:
+        if self._every_steps is not None and state.step % self._every_steps == 0:
+            self._save(state)
+
+    def on_epoch(self, state: State) -> None:
+        if self._every_steps is None:
+            self._save(state)
+
+    def on_end(self, state: State) -> None:
+        self._save(state)
+
+    def _save(self, state: State) -> None:
+        if state.step == self._saved_step:
+            return
+        self._saved_step = state.step
+        groups = state.snapshot()
+        if groups is not None:
+            checkpoint.save(self._root, state.step, groups, keep=self._keep)

@@ -1,0 +1,266 @@
+"""One training run of a recipe: from what was asked for to the files that a run leaves.
+
+A run directory holds `config.json` (what was asked for, and versions), `metrics.jsonl` (a record every few steps and
+the scores after each epoch), `summary.json` (the figures at the end), `model.safetensors` (the final weights) and
+`checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dtrain import checkpoint, env, recipes
+from dtrain.comm import collectives
+from dtrain.comm.base import Backend
+from dtrain.config import TrainConfig
+from dtrain.data import Loader, accumulation
+from dtrain.errors import DataError, UsageError
+from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Progress, TensorBoard
+from dtrain.measure import summarise
+from dtrain.recipes import Recipe
+from dtrain.trainer import Trainer
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What a run of a recipe is told. None: as the recipe has it."""
+
+    recipe: str
+    options: tuple[str, ...] = ()
+    data: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    global_batch: int | None = None
+    micro_batch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    lr: float | None = None
+    clip_grad_norm: float | None = None
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    norm_batch: Literal["worker", "global"] = "worker"
+    seed: int = 0
+    bucket_mb: float = 25.0
+    log_every: int = 10
+    num_data_workers: int = 0
+    run_dir: str | None = None
+    checkpoint_every: str = "epoch"
+    resume: bool = False
+    tensorboard: bool = False
+    progress: bool = True
+
+    def build(self) -> Recipe:
+        """The recipe, with its data.
+
+        Raises:
+            UsageError: an option that is not name=value, or that the recipe does not have.
+        """
+        pairs = [option.partition("=") for option in self.options]
+        wrong = [name for name, sign, _ in pairs if not (name and sign)]
+        if wrong:
+            raise UsageError(f"--option {wrong[0]}: give name=value")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
+        options = {name: value for name, _, value in pairs}
+        return recipes.build(self.recipe, seed=self.seed, dtype=DTYPES[self.dtype], data=self.data, **options)
+
+    def train_config(self, recipe: Recipe) -> TrainConfig:
+        """The trainer's part of it, with the recipe's defaults filled in."""
+        epochs = self.epochs if self.epochs or self.steps else recipe.epochs
+        return TrainConfig(
+            global_batch=self.global_batch or recipe.global_batch,
+            micro_batch=self.micro_batch,
+            epochs=None if self.steps else epochs,
+            steps=self.steps,
+            clip_grad_norm=self.clip_grad_norm,
+            amp=self.amp,
+            norm_batch=self.norm_batch,
+            seed=self.seed,
+            bucket_mb=self.bucket_mb,
+            log_every=self.log_every,
+        )
+
+
+def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
+    """Train a recipe as one worker of a job; the summary, the same on every worker."""
+    device = _device(comm, spec)
+    if spec.resume and spec.run_dir is None:
+        raise UsageError("--resume needs --run-dir: the directory of the run to go on with")
+    recipe = spec.build()
+    model = recipe.model.to(device)
+    config = spec.train_config(recipe)
+    optimizer = recipe.optimizer(model.parameters())
+    if spec.lr is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = spec.lr
+    loader = Loader(
+        recipe.train,
+        global_batch=config.global_batch,
+        accumulate=accumulation(config.global_batch, config.micro_batch, comm.world_size),
+        rank=comm.rank,
+        world_size=comm.world_size,
+        seed=config.seed,
+        num_workers=spec.num_data_workers,
+    )
+    steps = config.steps or (loader.steps_per_epoch or 0) * (config.epochs or 0)
+    folder = None if spec.run_dir is None else Path(spec.run_dir)
+    trainer = Trainer(
+        model,
+        recipe.loss,
+        optimizer,
+        loader,
+        comm=comm,
+        config=config,
+        scheduler=recipe.schedule(optimizer, steps) if recipe.schedule else None,
+        hooks=_hooks(spec, recipe, comm, device, folder),
+        update="first" if getattr(comm, "device", None) is not None else "all",
+    )
+    if comm.rank == 0 and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        buffers = [name for name, _ in model.named_buffers()]
+        _write(folder / "config.json", _asked_for(spec, config, comm, device) | {"buffers": buffers})
+    resumed_step = trainer.resume(folder / "checkpoints") if spec.resume and folder else 0
+    started_s = time.perf_counter()
+    state = trainer.fit()
+    seconds = time.perf_counter() - started_s
+    trainer.replica.check()
+    summary = _summary(trainer, recipe, spec, seconds, resumed_step)
+    if comm.rank == 0 and folder is not None:
+        checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
+        _write(folder / "summary.json", summary)
+    collectives.barrier(comm)
+    return summary
+
+
+def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, folder: Path | None) -> list[Hook]:
+    hooks: list[Hook] = []
+    if recipe.test is not None:
+        hooks.append(Evaluate(recipe.test, recipe.score, finish=recipe.finish, device=device))
+    if spec.progress:
+        hooks.append(Progress(f"{spec.recipe} {comm.name} x{comm.world_size}"))
+    if folder is not None:
+        hooks.append(JsonLog(folder / "metrics.jsonl"))
+        if spec.tensorboard:
+            hooks.append(TensorBoard(folder / "tensorboard"))
+        if spec.checkpoint_every != "never":
+            hooks.append(Checkpoint(folder / "checkpoints", every_steps=_every_steps(spec.checkpoint_every)))
+    elif spec.tensorboard:
+        raise UsageError("--tensorboard needs --run-dir, where its files go")
+    return hooks
+
+
+def _every_steps(text: str) -> int | None:
+    if text == "epoch":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"checkpoint_every is {text!r}: `epoch`, `never`, or a number of steps")
+    return int(text)
+
+
+def _device(comm: Backend, spec: RunSpec) -> torch.device:
+    given = getattr(comm, "device", None)
+    if given is not None:
+        return torch.device(given)
+    if spec.device == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", env.resolve().local_rank % torch.cuda.device_count())
+    else:
+        try:
+            device = torch.device(spec.device)
+        except RuntimeError as error:
+            raise UsageError(f"device is {spec.device!r}: give auto, cpu, cuda or cuda:N") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device is {spec.device!r}, and this torch sees no CUDA device: see `dtrain doctor`")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _asked_for(spec: RunSpec, config: TrainConfig, comm: Backend, device: torch.device) -> dict[str, Any]:
+    return {
+        **{k: v for k, v in dataclasses.asdict(spec).items() if k not in dataclasses.asdict(config)},
+        **dataclasses.asdict(config),
+        "backend": comm.name,
+        "workers": comm.world_size,
+        "device": str(device),
+        "versions": {
+            "dtrain": version("dtrain"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyzmq": version("pyzmq"),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+    }
+
+
+def _summary(
+    trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, resumed_step: int
+) -> dict[str, Any]:
+    """The figures of a run: worker 0's typical step, everyone's beside it, and what the model has learnt."""
+    state, comm = trainer.state, trainer.comm
+    mine = json.dumps(summarise(trainer.records)).encode()
+    workers = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/summary")]
+    if not trainer.records:
+        raise DataError(f"nothing to train: the checkpoint is at step {state.step} already")
+    steps = state.step - resumed_step
+    epochs = state.epoch if trainer.config.steps is None else round(state.samples / len(recipe.train), 3)  # type: ignore[arg-type]
+    step_s = sum(r["step_ms"] for r in trainer.records) / 1e3
+    return {
+        "recipe": spec.recipe,
+        "backend": comm.name,
+        "workers": comm.world_size,
+        "dtype": spec.dtype,
+        "epochs": epochs,
+        "steps": state.step,
+        "samples_per_s": steps * trainer.config.global_batch / step_s,
+        "seconds": seconds,
+        **workers[0],
+        "train_loss": state.loss,
+        **({"loss": state.loss} | state.metrics),
+        **recipe.notes,
+        **_first_device(trainer),
+        "per_worker": workers,
+    }
+
+
+def _first_device(trainer: Trainer) -> dict[str, Any]:
+    """With the update on worker 0: what its device carries more than each other one."""
+    if getattr(trainer.comm.inner, "device", None) is None:
+        return {}
+    state_bytes = sum(
+        t.numel() * t.element_size()
+        for values in trainer.optimizer.state.values()
+        for t in values.values()
+        if isinstance(t, torch.Tensor)
+    )
+    traffic = trainer.comm.traffic
+    mine = [int(state_bytes), sum(traffic.sent.values()), sum(traffic.received.values())]
+    rows = collectives.gather_numbers(trainer.comm, mine, "metric/devices")
+    steps = max(1, len(trainer.records))
+    extra = [rows[0][i] - max((row[i] for row in rows[1:]), default=0) for i in range(3)]
+    return {
+        "device0_extra_memory_bytes": extra[0],
+        "device0_extra_bytes_sent_per_step": extra[1] / steps,
+        "device0_extra_bytes_received_per_step": extra[2] / steps,
+    }
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def command_line() -> str:
+    """How this process was called, for records."""
+    return " ".join(["dtrain", *sys.argv[1:]])

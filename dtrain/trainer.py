@@ -1,0 +1,257 @@
+"""The loop: step, epoch, fit. One trainer for every backend."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dtrain import checkpoint, norm
+from dtrain.comm import collectives
+from dtrain.comm.base import Backend
+from dtrain.comm.solo import Solo
+from dtrain.config import TrainConfig
+from dtrain.data import Loader, Micro, Step, to_device
+from dtrain.errors import DataError
+from dtrain.hooks import Hook, State
+from dtrain.measure import Stopwatch, metered
+from dtrain.norm.merge import merge_statistics
+from dtrain.replica import replicate
+from dtrain.snapshot import gather_own, restore_own, seed_all
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> mean loss over the samples of the batch."""
+
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Trains a model over the workers of a backend, as one worker would on the global batch.
+
+        comm = dtrain.connect()
+        trainer = dtrain.Trainer(model, loss, optimizer, data, comm=comm, config=TrainConfig(epochs=3))
+        trainer.fit()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: Optimizer,
+        data: Loader,
+        *,
+        comm: Backend | None = None,
+        config: TrainConfig,
+        scheduler: LRScheduler | None = None,
+        hooks: Sequence[Hook] = (),
+        update: str = "all",
+    ) -> None:
+        """
+        Args:
+            model: on its device already, and the same on every worker; is not wrapped.
+            loss: mean over the samples of a batch. `functools.partial` or a lambda over model and batch.
+            optimizer: over the model's parameters.
+            data: this worker's `dtrain.Loader`.
+            comm: from `dtrain.connect()`; None: alone.
+            scheduler: stepped once after each optimizer step.
+            hooks: see `dtrain.hooks`.
+            update: see `dtrain.replicate`.
+        """
+        self.config = config
+        self.comm = metered(comm or Solo())
+        self.model = norm.convert(model, norm_batch=config.norm_batch, comm=self.comm)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.replica = replicate(self.model, self.comm, bucket_mb=config.bucket_mb, update=update)
+        self.records: list[dict[str, float]] = []
+        """Times and bytes of this worker's steps, see `dtrain.measure.Stopwatch`."""
+        self._loss = loss
+        self._data = data
+        self._hooks = list(hooks)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
+        self._watch = Stopwatch(self.comm, self._device)
+        self._step_in_epoch = 0
+        self._lost = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss times samples, samples
+        self.state = State(model=self.model, comm=self.comm, steps=self._total_steps(), snapshot=self._snapshot)
+        seed_all(config.seed * 1_000_003 + self.comm.rank)
+
+    def fit(self) -> State:
+        """Train to the end of `config.epochs` or `config.steps`; the final state."""
+        self.model.train()
+        self._call("on_start")
+        while not self._over():
+            for step in self._timed(self._data.epoch(self.state.epoch, self._step_in_epoch)):
+                self._train(step)
+                if self._over():
+                    break
+            else:
+                self._end_epoch()
+        self._call("on_end")
+        return self.state
+
+    def resume(self, root: Path, step: int | None = None) -> int:
+        """Go on from the newest checkpoint under `root`, or from that of `step`; the step that was reached.
+
+        With as many workers as saved it, the run goes on to the bit. With another number, parameters, optimizer and
+        position are the same, batch-norm averages are those of all workers together, and random numbers are new.
+
+        Raises:
+            DataError: no checkpoint, a damaged one, or one of another model.
+        """
+        saved = checkpoint.load(root, step)
+        groups = saved.groups
+        self._load_model(groups["model"], saved.path)
+        self.optimizer.load_state_dict(groups["optimizer"])
+        if self.scheduler is not None and groups["scheduler"] is not None:
+            self.scheduler.load_state_dict(groups["scheduler"])
+        if groups["scaler"]:
+            self._scaler.load_state_dict(groups["scaler"])
+        position = groups["position"]
+        if position["global_batch"] != self.config.global_batch or position["seed"] != self.config.seed:
+            raise DataError(
+                f"{saved.path} was saved with global_batch {position['global_batch']} and seed {position['seed']}: "
+                "resume with the same, or the order of the samples changes"
+            )
+        self.state.step, self.state.epoch, self.state.samples = (position[k] for k in ("step", "epoch", "samples"))
+        self._step_in_epoch = position["step_in_epoch"]
+        if position["world_size"] == self.comm.world_size:
+            restore_own(groups[f"worker-{self.comm.rank}"], self.model)
+        else:
+            seed_all((self.config.seed * 1_000_003 + self.state.step) * 1009 + self.comm.rank)
+        return saved.step
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def _train(self, step: Step) -> None:
+        micro_batches = list(step.micro_batches)
+        for position, micro in enumerate(micro_batches):
+            last = position == len(micro_batches) - 1
+            loss = self._forward(micro)
+            with self._watch.phase("backward"):
+                scaled = self._scaler.scale(loss)
+                self.replica.backward(scaled, samples=micro.samples, total=step.total, sync=last)
+            if micro.samples:
+                self._lost[0] += loss.detach().double() * micro.samples
+                self._lost[1] += micro.samples
+        with self._watch.phase("optimizer"):
+            self._update()
+        self._step_in_epoch = step.number + 1
+        self.state.step += 1
+        self.state.samples += step.total
+        self._record()
+        self._call("on_step")
+
+    def _forward(self, micro: Micro) -> Tensor:
+        with self._watch.phase("forward"):
+            batch = to_device(micro.batch, self._device)
+            with self._autocast():
+                return self._loss(self.model, batch)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.amp == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=_AMP[self.config.amp])
+
+    def _update(self) -> None:
+        """Clip the global gradient and step; every worker has the same one, so every worker does the same."""
+        if self.replica.updates:
+            if self.config.clip_grad_norm is not None:
+                self._scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.replica.publish()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def _timed(self, steps: Iterable[Step]) -> Iterable[Step]:
+        """The steps of an epoch, with the stopwatch started before each is fetched."""
+        iterator = iter(steps)
+        while True:
+            self._watch.begin(precise=(self.state.step + 1) % self.config.log_every == 0)
+            with self._watch.phase("data"):
+                step = next(iterator, None)
+                if step is None:
+                    return
+                step = Step(step.number, step.total, list(step.micro_batches))
+            yield step
+
+    def _record(self) -> None:
+        self.records.append(self._watch.end())
+        self.state.record = None
+        if self.state.step % self.config.log_every and not self._over():
+            return
+        total, samples = collectives.sum_numbers(self.comm, self._lost.tolist(), "metric/loss")
+        self._lost.zero_()
+        self.state.loss = total / samples if samples else math.nan
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.state.record = {"loss": self.state.loss, "lr": float(rate), **self.records[-1]}
+
+    # -- the course of a run ------------------------------------------------------------------------------------------
+
+    def _over(self) -> bool:
+        if self.config.steps is not None:
+            return self.state.step >= self.config.steps
+        return self.state.epoch >= (self.config.epochs or 0)
+
+    def _total_steps(self) -> int | None:
+        if self.config.steps is not None:
+            return self.config.steps
+        per_epoch = self._data.steps_per_epoch
+        return None if per_epoch is None else per_epoch * (self.config.epochs or 0)
+
+    def _end_epoch(self) -> None:
+        if self._step_in_epoch == 0:
+            raise DataError("an epoch without a sample: the data set yields nothing")
+        self.state.epoch += 1
+        self._step_in_epoch = 0
+        self._call("on_epoch")
+
+    def _call(self, name: str) -> None:
+        for hook in self._hooks:
+            getattr(hook, name)(self.state)
+
+    # -- what is saved ------------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> dict[str, object] | None:
+        own = gather_own(self.model, self.comm)
+        merged = merge_statistics(self.model, self.comm)
+        if self.comm.rank != 0:
+            return None
+        groups: dict[str, object] = {
+            "model": {**self.model.state_dict(), **merged},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "position": {
+                "step": self.state.step,
+                "epoch": self.state.epoch,
+                "samples": self.state.samples,
+                "step_in_epoch": self._step_in_epoch,
+                "world_size": self.comm.world_size,
+                "global_batch": self.config.global_batch,
+                "seed": self.config.seed,
+            },
+        }
+        return groups | {f"worker-{rank}": part for rank, part in enumerate(own)}
+
+    def _load_model(self, tensors: dict[str, Tensor], path: Path) -> None:
+        own = self.model.state_dict()
+        for name in [*own, *tensors]:
+            here, there = own.get(name), tensors.get(name)
+            if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
+                raise DataError(f"{path} is of another model: {name} is {_kind(there)} there, {_kind(here)} here")
+        self.model.load_state_dict(tensors)
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
