@@ -1,10 +1,29 @@
 """Data-parallel training on PyTorch: one trainer over a parameter server, ring all-reduce, or threads."""
 
+from dtrain import norm
 from dtrain.comm.base import Backend
+from dtrain.config import TrainConfig
 from dtrain.connect import connect
+from dtrain.data import Loader
+from dtrain.errors import CommError, DtrainError
+from dtrain.evaluate import evaluate
 from dtrain.jobs import run
 from dtrain.replica import Replica, replicate
+from dtrain.trainer import Trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["Backend", "Replica", "connect", "replicate", "run"]
+__all__ = [
+    "Backend",
+    "CommError",
+    "DtrainError",
+    "Loader",
+    "Replica",
+    "TrainConfig",
+    "Trainer",
+    "connect",
+    "evaluate",
+    "norm",
+    "replicate",
+    "run",
+]

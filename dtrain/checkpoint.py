@@ -140,8 +140,8 @@ def write(root: Path, step: int, groups: Mapping[str, object]) -> Path:
 
 def commit(path: Path) -> None:
     """Second half of `save`: makes what `write` returned a checkpoint, by one rename of a small file."""
-    manifest = _read(path / _MANIFEST)
-    record = {**_header(_order(path)[0]), "manifest": _digest(manifest)}
+    header = _header(_order(path)[0])
+    record = {**header, "manifest": _digest(_read(path / _MANIFEST))}
     _replace(path / _COMMIT, _dumps(record))
 
 
@@ -183,7 +183,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads one safetensors file onto the CPU. A file on its own has no hash: only its shape is checked."""
+    """Reads one safetensors file onto the CPU. A file on its own has no hash; the order may change."""
     return _from_bytes(_read(Path(path)), Path(path))
 
 
@@ -248,17 +248,20 @@ def _sweep(root: Path) -> None:
 def _prune(root: Path, newest: Path, keep: int) -> None:
     """Removes what `newest` replaces, what never was committed, and what is older than `keep` good ones.
 
-    A damaged checkpoint counts for nothing, and stays until it is older than those.
+    A damaged checkpoint counts for nothing, and stays until it is older than those. The oldest goes first:
+    where later steps lie (a run that went back), `load` finds the last of them until it finds `newest`.
     """
-    kept = 1
+    kept, doomed = 1, []
     for path in _step_directories(root):
         if path == newest or path.is_symlink() or not path.is_dir():
             continue
         replaced = _order(path)[0] == _order(newest)[0]
         if replaced or kept >= keep or not os.path.lexists(path / _COMMIT):
-            _discard(path)
+            doomed.append(path)
         elif _is_committed(path):
             kept += 1
+    for path in reversed(doomed):
+        _discard(path)
 
 
 def _make_directory(path: Path) -> None:
@@ -353,17 +356,17 @@ def _read(path: Path, *, dir_fd: int | None = None, max_bytes: int | None = None
             if not stat.S_ISREG(info.st_mode):
                 raise DataError(f"{path}: not a regular file")
             if max_bytes is not None and info.st_size > max_bytes:
-                raise DataError(f"{path}: {info.st_size} bytes, expected at most {max_bytes}")
+                raise DataError(f"{path}: {info.st_size} bytes, at most {max_bytes} expected")
             return file.read(info.st_size)
 
 
-def _read_checked(path: Path, dir_fd: int, digest: Mapping[str, Any]) -> bytes:
-    """A file's content, if it has the size and the sha256 that `digest` says."""
+def _read_checked(path: Path, dir_fd: int, digest: Mapping[str, Any], source: str) -> bytes:
+    """A file's content, if it has the size and the sha256 that `digest`, out of the file `source`, says."""
     data = _read(path, dir_fd=dir_fd, max_bytes=digest["size"])
     if len(data) != digest["size"]:
-        raise DataError(f"{path}: {len(data)} bytes, {digest['size']} were written")
+        raise DataError(f"{path}: {len(data)} bytes, {digest['size']} in {source}")
     if hashlib.sha256(data).hexdigest() != digest["sha256"]:
-        raise DataError(f"{path}: damaged: its sha256 is not that of what was written")
+        raise DataError(f"{path}: damaged: its sha256 is not the one in {source}")
     return data
 
 
@@ -396,7 +399,7 @@ def _load_directory(path: Path) -> dict[str, Any]:
         groups = {}
         for name, entry in _read_manifest(path, dir_fd).items():
             file = path / f"{name}.safetensors"
-            tensors = _from_bytes(_read_checked(file, dir_fd, entry), file)
+            tensors = _from_bytes(_read_checked(file, dir_fd, entry, _MANIFEST), file)
             try:
                 groups[name] = _decode(entry["structure"], tensors, path / _MANIFEST)
             except RecursionError:
@@ -416,7 +419,7 @@ def _read_manifest(path: Path, dir_fd: int) -> dict[str, Any]:
     digest = _parse(_read(file, dir_fd=dir_fd, max_bytes=_COMMIT_MAX_BYTES), file, step, "manifest")
     _check_fields(digest, file, size=int, sha256=str)
     file = path / _MANIFEST
-    groups = _parse(_read_checked(file, dir_fd, digest), file, step, "groups")
+    groups = _parse(_read_checked(file, dir_fd, digest, _COMMIT), file, step, "groups")
     for name, entry in groups.items():
         if not _GROUP.fullmatch(name):
             raise DataError(f"{file}: {name!r} is not the name of a group")

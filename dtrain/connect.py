@@ -71,9 +71,13 @@ def connect(
         ConnectError: some workers, or the server, were not there in time.
         ProtocolError: something else than dtrain answers at the address.
     """
-    place = env.resolve(backend=backend, rank=rank, world_size=world_size, store=store, servers=server, timeout_s=timeout_s)
+    place = env.resolve(
+        backend=backend, rank=rank, world_size=world_size, store=store, servers=server, timeout_s=timeout_s
+    )
     if place.role != "worker":
-        raise UsageError(f"this process was started as {place.role}: run `dtrain {place.role}` instead of a training script")
+        raise UsageError(
+            f"this process was started as {place.role}: run `dtrain {place.role}` instead of a training script"
+        )
     name = place.backend or ("allreduce" if place.world_size > 1 else "solo")
     log.info("place in the job:\n%s", place.table())
     join = _finder(name)
@@ -117,7 +121,10 @@ def _threads(request: Request) -> Backend:
 def _allreduce(request: Request) -> Backend:
     place = request.place
     if dist.is_initialized():
-        if (dist.get_rank(), dist.get_world_size()) != (place.rank, place.world_size) and place.world_size > 1:
+        if (dist.get_rank(), dist.get_world_size()) != (
+            place.rank,
+            place.world_size,
+        ) and place.world_size > 1:
             raise UsageError(
                 f"this process is rank {dist.get_rank()} of {dist.get_world_size()} in torch.distributed's group and "
                 f"{place.rank} of {place.world_size} here"
@@ -193,8 +200,8 @@ def _open(request: Request, backend: str) -> dist.Store:
     place = request.place
     if place.store is None:
         raise UsageError(
-            f"backend {backend} with {place.world_size} workers needs a place to meet: start the job with `dtrain launch` "
-            "or torchrun, or give store='tcp://host:port' or 'file:///path'"
+            f"backend {backend} with {place.world_size} workers needs a place to meet: start the job with "
+            "`dtrain launch` or torchrun, or give store='tcp://host:port' or 'file:///path'"
         )
     number, _joined[backend] = _joined[backend], _joined[backend] + 1
     return open_store(

@@ -173,7 +173,12 @@ class _Shares(IterableDataset[Any]):
     """(samples in the global batch, this worker's micro-batches) from a stream of samples."""
 
     def __init__(
-        self, source: Iterable[Any], global_batch: int, accumulate: int, place: dict[str, int], collate: Collate
+        self,
+        source: Iterable[Any],
+        global_batch: int,
+        accumulate: int,
+        place: dict[str, int],
+        collate: Collate,
     ) -> None:
         self._source = source
         self._global_batch = global_batch

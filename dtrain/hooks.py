@@ -83,14 +83,22 @@ class Progress(Hook):
     def on_start(self, state: State) -> None:
         if state.first and (self._always or self._stream.isatty()):
             self._bar = tqdm(
-                total=state.steps, initial=state.step, desc=self._label, file=self._stream, unit="step", leave=True
+                total=state.steps,
+                initial=state.step,
+                desc=self._label,
+                file=self._stream,
+                unit="step",
+                leave=True,
             )
 
     def on_step(self, state: State) -> None:
         if self._bar is None:
             return
         if state.record:
-            shown = {"loss": f"{state.loss:.4f}", **{k: f"{v:.4f}" for k, v in state.metrics.items() if k != "loss"}}
+            shown = {
+                "loss": f"{state.loss:.4f}",
+                **{k: f"{v:.4f}" for k, v in state.metrics.items() if k != "loss"},
+            }
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 

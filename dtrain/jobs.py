@@ -61,9 +61,7 @@ def run(
         raise UsageError(f"workers is {workers}: a job has at least one")
     if backend == "threads":
         share = max(1, cores() // workers)
-        return run_threads(
-            lambda comm: fn(comm, *args), workers, devices=devices, timeout_s=timeout_s, cores=share
-        )
+        return run_threads(lambda comm: fn(comm, *args), workers, devices=devices, timeout_s=timeout_s, cores=share)
     if devices is not None:
         raise UsageError(f"devices go with backend threads; with {backend}, move the model in `fn`")
     if backend == "solo":
@@ -246,7 +244,7 @@ def launch(
         threads: processor threads for each worker; by default the cores are shared out.
 
     Returns:
-        Exit code: 0, or that of the first failure (69 where a process was killed, 130 and 143 after Ctrl-C and SIGTERM).
+        Exit code: 0, or that of the first failure (69 where a process was killed; 130 after Ctrl-C, 143 after SIGTERM).
     """
     folder = tempfile.mkdtemp(prefix="dtrain-")
     job = _Job(folder, workers, backend, timeout_s, threads or max(1, cores() // workers))
@@ -341,6 +339,10 @@ class _Job:
         stopped = [c for c in self._children if not c.ended() and c.stopped()]
         culprit = (own or stopped or bad)[0]
         rest = len([c for c in self._children if c is not culprit])
-        print(f"dtrain: {culprit} {culprit.how()}; stopping the other {rest} processes", file=sys.stderr, flush=True)
+        print(
+            f"dtrain: {culprit} {culprit.how()}; stopping the other {rest} processes",
+            file=sys.stderr,
+            flush=True,
+        )
         code = culprit.process.returncode
         return CommError.exit_code if code is None or code < 0 else int(code)

@@ -26,7 +26,13 @@ class Child:
     """A process of the job, in a session of its own, that learns when this process dies."""
 
     def __init__(
-        self, name: str, argv: Sequence[str], place: env.Place, *, threads: int = 1, prefix_output: bool = True
+        self,
+        name: str,
+        argv: Sequence[str],
+        place: env.Place,
+        *,
+        threads: int = 1,
+        prefix_output: bool = True,
     ) -> None:
         """Start it.
 
@@ -41,7 +47,7 @@ class Child:
         read_end, self._lifeline = os.pipe()
         place = env.Place(**{**vars(place), "launcher_fd": read_end})
         pipe = subprocess.PIPE if prefix_output else None
-        self.process = subprocess.Popen(  # noqa: S603  (the command is the user's own)
+        self.process = subprocess.Popen(
             list(argv),
             env=env.for_child(place, threads=threads, loopback=env.LOOPBACK),
             pass_fds=(read_end,),
@@ -62,7 +68,7 @@ class Child:
     def stopped(self) -> bool:
         """Whether it exists and has been stopped (SIGSTOP)."""
         with contextlib.suppress(psutil.Error):
-            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+            return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
         return False
 
     def how(self) -> str:

@@ -204,7 +204,7 @@ class Replica:
         if not self._accumulating and (not sync):
             if any(p.grad is not None for _, p in self._named):
                 raise UsageError(
-                    "backward(samples=…, sync=False) on top of earlier gradients: call zero_grad() first, or give total="
+                    "backward(samples=, sync=False) on top of earlier gradients: call zero_grad() first, or give total="
                 )
             self._accumulating = True
         if not sync:
@@ -294,7 +294,9 @@ class Replica:
         trainable = tuple(p.requires_grad for _, p in self._named)
         if trainable == self._trainable:
             return
-        collectives.agree(self.comm, describe([np for np in self._named if np[1].requires_grad]), "trainable parameters")
+        collectives.agree(
+            self.comm, describe([np for np in self._named if np[1].requires_grad]), "trainable parameters"
+        )
         self._trainable = trainable
         plans = plan(self._named, bucket_bytes=self._sizes[0], first_bytes=self._sizes[1])
         self._buckets, self._where = [], {}

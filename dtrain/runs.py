@@ -30,7 +30,12 @@ from dtrain.measure import summarise
 from dtrain.recipes import Recipe
 from dtrain.trainer import Trainer
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +210,7 @@ def _asked_for(spec: RunSpec, config: TrainConfig, comm: Backend, device: torch.
     }
 
 
-def _summary(
-    trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, resumed_step: int
-) -> dict[str, Any]:
+def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, resumed_step: int) -> dict[str, Any]:
     """The figures of a run: worker 0's typical step, everyone's beside it, and what the model has learnt."""
     state, comm = trainer.state, trainer.comm
     mine = json.dumps(summarise(trainer.records)).encode()

@@ -6,6 +6,7 @@ A worker's part travels to worker 0 as bytes of safetensors, with numbers as ten
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -19,15 +20,15 @@ from dtrain.comm.base import Backend
 def random_state() -> dict[str, Tensor]:
     """The state of this worker's generators: torch's (and the current CUDA device's), Python's and NumPy's."""
     version, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=False)  # the legacy generator is the one that transforms use
-    inner = numpy_state["state"]  # type: ignore[index,call-overload]
+    numpy_state: Any = np.random.get_state(legacy=False)  # the legacy generator is the one that transforms use
+    inner: Any = numpy_state["state"]
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "numpy": torch.from_numpy(inner["key"].astype(np.int64)),
-        "numpy_position": torch.tensor([inner["pos"], numpy_state["has_gauss"]]),  # type: ignore[index,call-overload]
-        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),  # type: ignore[index,call-overload]
+        "numpy_position": torch.tensor([inner["pos"], numpy_state["has_gauss"]]),
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

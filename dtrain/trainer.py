@@ -35,9 +35,9 @@ _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Trainer:
     """Trains a model over the workers of a backend, as one worker would on the global batch.
 
-        comm = dtrain.connect()
-        trainer = dtrain.Trainer(model, loss, optimizer, data, comm=comm, config=TrainConfig(epochs=3))
-        trainer.fit()
+    comm = dtrain.connect()
+    trainer = dtrain.Trainer(model, loss, optimizer, data, comm=comm, config=TrainConfig(epochs=3))
+    trainer.fit()
     """
 
     def __init__(

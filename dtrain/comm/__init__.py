@@ -1,1 +1,1 @@
-"""The seam (`base`) and what stands behind it: `solo`, `threads`, `allreduce`; the parameter server is in `dtrain.ps`."""
+"""The seam (`base`) and what stands behind it: solo, threads, allreduce. The parameter server is in `dtrain.ps`."""

@@ -215,7 +215,9 @@ def run_threads(
                 failures.append((rank, error))
                 hub.fail(f"worker {rank} failed with {type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=work, args=(rank,), name=f"worker-{rank}", daemon=True) for rank in range(workers)]
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=f"worker-{rank}", daemon=True) for rank in range(workers)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

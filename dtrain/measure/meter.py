@@ -11,7 +11,7 @@ from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
 
 
 class Meter:
-    """A Backend around another one. `blocked_s` grows by the time in which `wait` did not return: exposed communication.
+    """A Backend around another one; `blocked_s` grows by the time in which `wait` blocks: exposed communication.
 
     On CUDA, transfers are only queued by `wait`. While `precise` is set, the device is brought to a stop before and
     after, and the time between is counted; else nothing is.

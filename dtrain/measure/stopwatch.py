@@ -66,8 +66,8 @@ class Stopwatch:
 def summarise(records: Sequence[dict[str, float]]) -> dict[str, float]:
     """A typical step: the median of each figure over the steps that have it, the first ones (warm-up) left out.
 
-    Adds `compute_ms` (forward, backward and optimizer), `ratio` (compute to exposed communication; absent without any)
-    and `*_per_step` for the bytes, which are means.
+    Adds `compute_ms` (forward, backward and optimizer), `ratio` (compute to exposed communication; absent where nothing
+    is sent) and `*_per_step` for the bytes, which are means.
     """
     kept = list(records[min(3, len(records) // 2) :])
     if not kept:
@@ -78,7 +78,7 @@ def summarise(records: Sequence[dict[str, float]]) -> dict[str, float]:
         summary[f"{name}_per_step"] = statistics.fmean(r[name] for r in kept)
     if all(f"{name}_ms" in summary for name in PHASES):
         summary["compute_ms"] = sum(summary[f"{name}_ms"] for name in ("forward", "backward", "optimizer"))
-        if summary["exposed_comm_ms"] > 0:
+        if summary["exposed_comm_ms"] > 0 and summary["bytes_sent_per_step"] > 0:
             summary["ratio"] = summary["compute_ms"] / summary["exposed_comm_ms"]
     return summary
 

@@ -10,7 +10,7 @@ from dtrain.errors import UsageError
 from dtrain.norm.sync import SyncBatchNorm, from_plain, to_plain
 
 NORM_BATCHES = ("worker", "global")
-"""`worker`: each worker's micro-batch by itself, as in DDP. `global`: all workers' micro-batches of a forward together."""
+"""`worker`: each worker's micro-batch by itself, as in DDP. `global`: all workers' micro-batches of a forward."""
 
 
 def convert(model: nn.Module, *, norm_batch: str = "global", comm: Backend) -> nn.Module:

@@ -34,7 +34,8 @@ def merge_statistics(model: nn.Module, comm: Backend) -> dict[str, Tensor]:
     counts = mine.new_ones(comm.world_size)
     merged: dict[str, Tensor] = {}
     for (name, mean, var), rows in zip(layers, table.split([2 * m.numel() for _, m, _ in layers], dim=1), strict=True):
-        average, m2, total = merge(*rows.chunk(2, dim=1), counts)
+        means, variances = rows.chunk(2, dim=1)
+        average, m2, total = merge(means, variances, counts)
         merged[f"{name}running_mean"] = average.to(mean.dtype)
         merged[f"{name}running_var"] = (m2 / total).to(var.dtype)
     return merged

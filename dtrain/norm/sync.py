@@ -40,11 +40,19 @@ class SyncBatchNorm(_BatchNorm):
         batch_statistics = self.training or self.running_mean is None
         if not batch_statistics or self.comm is None:
             return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics, 0.0, self.eps
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                batch_statistics,
+                0.0,
+                self.eps,
             )
         mean, variance, count = self._global_statistics(x)
         self._update_running(mean, variance, count)
-        y: Tensor = _Normalise.apply(x, self.weight, self.bias, mean, variance, count, self.eps, self.comm, self.key)
+        apply: Any = _Normalise.apply
+        y: Tensor = apply(x, self.weight, self.bias, mean, variance, count, self.eps, self.comm, self.key)
         return y
 
     @torch.no_grad()
@@ -75,7 +83,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) / sqrt(variance + eps) * weight + bias, with the gradient through mean and variance of all workers."""
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias; the gradient goes through all workers' statistics."""
 
     @staticmethod
     def forward(
@@ -123,7 +131,9 @@ class _Normalise(torch.autograd.Function):
 def from_plain(layer: _BatchNorm, comm: Backend, key: str) -> SyncBatchNorm:
     """A synchronised layer with the parameters and buffers of `layer`: the same objects, under the same names."""
     if layer.__class__ not in PLAIN:
-        raise UsageError(f"{key} is a {type(layer).__name__}: only {', '.join(c.__name__ for c in PLAIN)} are converted")
+        raise UsageError(
+            f"{key} is a {type(layer).__name__}: only {', '.join(c.__name__ for c in PLAIN)} are converted"
+        )
     new = SyncBatchNorm.__new__(SyncBatchNorm)
     new.__dict__.update(layer.__dict__)
     new.comm, new.key, new.original = comm, key, type(layer)

@@ -106,7 +106,7 @@ class ParameterServer:
                 self._awaited[key, call, number] = (transfer, part)
                 transfer.missing += 1
                 self._socket.send(wire.encode(wire.Add(key, call, number, dtype, crc)), zmq.SNDMORE)
-                self._socket.send(payload, copy=len(payload) < _ZERO_COPY_BYTES)
+                self._socket.send(payload, 0, copy=len(payload) < _ZERO_COPY_BYTES)
                 self.traffic.count(key, len(payload), len(payload))
             self._receive()
             return transfer

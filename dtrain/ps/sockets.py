@@ -19,7 +19,7 @@ DEAD_AFTER_S = 4.0
 """A peer whose ZMTP heartbeat is missing for this long (a stopped process, a broken link) is disconnected."""
 
 _HANDSHAKE_S = 5.0
-_FAILURES = {
+_FAILURES: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it does not answer as a ZeroMQ peer does",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it speaks something else than ZeroMQ's protocol",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused this side's key",
@@ -28,7 +28,7 @@ _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(_FAILURE
 
 
 def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    """A socket of that kind. Queues are not limited here: what is in flight is bounded by what workers themselves hold."""
+    """A socket of that kind. Queues have no limit here: what is in flight is bounded by what workers hold anyway."""
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)

@@ -106,9 +106,9 @@ def decode(header: bytes) -> Message:
     """
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
-    limits = {"max_array_len": 16, "max_map_len": 0, "max_bin_len": 0, "max_ext_len": 0, "max_str_len": 2048}
+    limits: dict[str, Any] = {"max_array_len": 16, "max_map_len": 0, "max_bin_len": 0, "max_ext_len": 0}
     try:
-        values: Any = msgpack.unpackb(header, use_list=False, **limits)
+        values: Any = msgpack.unpackb(header, use_list=False, max_str_len=2048, **limits)
     except Exception as error:  # msgpack raises ValueError, UnicodeDecodeError and several of its own
         raise ProtocolError(f"a header that is not msgpack of this protocol ({type(error).__name__})") from error
     if not isinstance(values, tuple) or len(values) < 2 or type(values[0]) is not int:
@@ -122,7 +122,7 @@ def decode(header: bytes) -> Message:
     if len(values) - 2 != len(wanted):
         raise ProtocolError(f"{kind.__name__} with {len(values) - 2} fields; it has {len(wanted)}")
     for (name, type_), value in zip(wanted, values[2:], strict=True):
-        if type(value) is not type_ or (type_ is int and value < 0):
+        if type(value) is not type_ or (isinstance(value, int) and value < 0):
             raise ProtocolError(f"{kind.__name__}.{name} is {value!r:.40}, which is no {type_.__name__} from 0 up")
     message: Message = kind(*values[2:])
     return message
@@ -146,7 +146,7 @@ def tensor_of(payload: memoryview, dtype: str, checksum: int) -> Tensor:
 
 def bytes_of(flat: Tensor) -> memoryview:
     """The bytes of a flat contiguous tensor on the processor, without a copy."""
-    return memoryview(flat.detach().view(torch.uint8).numpy())
+    return flat.detach().view(torch.uint8).numpy().data
 
 
 def checksum_of(payload: memoryview) -> int:

@@ -55,16 +55,12 @@ def build(
     """
     make = choose(_RECIPES, name, what="recipe")
     if not dtype.is_floating_point:
-        raise UsageError(
-            f"recipe {name!r}: dtype={dtype}: must be a floating-point type such as torch.float32"
-        )
+        raise UsageError(f"recipe {name!r}: dtype={dtype}: must be a floating-point type such as torch.float32")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"recipe {name!r}: seed={seed}: must be in 0..2^63-1")
     keywords = checked(make, options, where=f"recipe {name!r}")
     if name in _READ_A_FILE:
         keywords["data"] = data
     elif data is not None:
-        raise UsageError(
-            f"recipe {name!r}: data={data!r}: it reads no files; only {' and '.join(_READ_A_FILE)} do"
-        )
+        raise UsageError(f"recipe {name!r}: data={data!r}: it reads no files; only {' and '.join(_READ_A_FILE)} do")
     return make(seed=seed, dtype=dtype, **keywords)

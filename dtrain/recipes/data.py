@@ -50,8 +50,7 @@ class TensorData(BatchedData):
     def __init__(self, *tensors: Tensor, transform: Callable[[Batch], Batch] | None = None) -> None:
         if not tensors or any(len(tensor) != len(tensors[0]) for tensor in tensors):
             raise UsageError(
-                f"TensorData: tensors of {[len(t) for t in tensors]} samples: give at least one,"
-                " and all of one length"
+                f"TensorData: tensors of {[len(t) for t in tensors]} samples: give at least one, and all of one length"
             )
         self.tensors = tensors
         self.transform = transform
@@ -87,9 +86,7 @@ class WindowData(BatchedData):
     ) -> None:
         last = width if stride is None else (samples - 1) * stride + width
         if samples < 1 or len(bank) < last:
-            raise UsageError(
-                f"WindowData: samples={samples} of width={width} need {last} elements, not {len(bank)}"
-            )
+            raise UsageError(f"WindowData: samples={samples} of width={width} need {last} elements, not {len(bank)}")
         self._windows = bank.unfold(0, width, 1)  # [windows, width], a view
         self._samples = samples
         self._stride = stride

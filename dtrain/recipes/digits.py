@@ -43,9 +43,7 @@ def _split(dtype: torch.dtype) -> tuple[TensorData, TensorData]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            "recipe 'digits' takes its images from scikit-learn: pip install scikit-learn"
-        ) from error
+        raise DataError("recipe 'digits' takes its images from scikit-learn: pip install scikit-learn") from error
     pixels, labels = load_digits(return_X_y=True)  # [1797, 64] in 0..16, [1797]
     images = torch.from_numpy(pixels / 8 - 1).to(dtype).reshape(-1, 1, 8, 8)
     targets = torch.from_numpy(labels).long()

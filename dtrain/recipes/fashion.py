@@ -20,9 +20,7 @@ _DEBIAN = "/usr/share/datasets/fashion-mnist"
 _CLASSES = 10
 
 
-def fashion(
-    *, seed: int, dtype: torch.dtype, data: str | None = None, width: int = 16, stem: str = "half"
-) -> Recipe:
+def fashion(*, seed: int, dtype: torch.dtype, data: str | None = None, width: int = 16, stem: str = "half") -> Recipe:
     """60,000 images to learn from, 10,000 to test on; a residual network of 18 layers.
 
     `data` is a directory with the four idx files, packed (.gz) or not; files of MNIST itself will do as well.
@@ -55,16 +53,12 @@ def fashion(
 
 def _read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images [samples, 28, 28] as bytes, labels [samples] as int64."""
-    image_file, label_file = (
-        _find(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
-    )
+    image_file, label_file = (_find(folder, f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if images.shape[1:] != (28, 28):
         raise DataError(f"{image_file}: images of {images.shape[1:]} pixels: must be (28, 28)")
     if len(images) != len(labels):
-        raise DataError(
-            f"{label_file}: {len(labels)} labels for the {len(images)} images of {image_file.name}"
-        )
+        raise DataError(f"{label_file}: {len(labels)} labels for the {len(images)} images of {image_file.name}")
     if labels.max() >= _CLASSES:
         raise DataError(f"{label_file}: label {labels.max()}: must be in 0..{_CLASSES - 1}")
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))

@@ -37,9 +37,7 @@ def _parse(file: IO[bytes], path: Path, dimensions: int) -> npt.NDArray[np.uint8
     magic = file.read(4)
     if magic != bytes((0, 0, 8, dimensions)):
         wanted = f"0000080{dimensions}"
-        raise DataError(
-            f"{path}: starts with {magic.hex() or 'nothing'}, an idx file of this kind with {wanted}"
-        )
+        raise DataError(f"{path}: starts with {magic.hex() or 'nothing'}, an idx file of this kind with {wanted}")
     header = file.read(4 * dimensions)
     if len(header) < 4 * dimensions:
         raise DataError(f"{path}: ends inside the header; get the file again")
@@ -50,8 +48,6 @@ def _parse(file: IO[bytes], path: Path, dimensions: int) -> npt.NDArray[np.uint8
     content = file.read(size + 1)
     if len(content) != size:
         found = f"only {len(content)}" if len(content) < size else "more"
-        raise DataError(
-            f"{path}: the shape {shape} needs {size} bytes, the file has {found}; get the file again"
-        )
+        raise DataError(f"{path}: the shape {shape} needs {size} bytes, the file has {found}; get the file again")
     writable = bytearray(content)  # as torch asks of an array that it is to share
     return np.frombuffer(writable, np.uint8).reshape(shape)

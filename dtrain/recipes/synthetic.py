@@ -55,9 +55,7 @@ def synthetic(
     return Recipe(
         name="synthetic",
         model=seeded(kind.model, seed=seed, dtype=dtype),
-        train=_tokens(kind, draw, samples, classes)
-        if tokens
-        else _floats(kind, draw, samples, classes, dtype),
+        train=_tokens(kind, draw, samples, classes) if tokens else _floats(kind, draw, samples, classes, dtype),
         test=None,
         loss=token_loss if tokens else class_loss,
         score=token_score if tokens else class_score,
@@ -91,9 +89,7 @@ def _mlp(classes: int, *, hidden: int = 2048, layers: int = 4) -> Kind:
 def _resnet(classes: int, *, depth: int = 18, image: int = 64) -> Kind:
     """The network of the ImageNet paper; 11.7 million parameters for 18 layers, 25.6 for 50."""
     if image < 32:
-        raise UsageError(
-            f"recipe 'synthetic': image={image}: must be at least 32 pixels, the network's total stride"
-        )
+        raise UsageError(f"recipe 'synthetic': image={image}: must be at least 32 pixels, the network's total stride")
     return Kind(partial(ResNet, depth, classes=classes), (3, image, image))
 
 
@@ -102,9 +98,7 @@ def _lstm(classes: int, *, hidden: int = 1024, layers: int = 2, length: int = 32
     return Kind(partial(LSTM, classes, hidden=hidden, layers=layers), length=length)
 
 
-def _transformer(
-    classes: int, *, hidden: int = 512, layers: int = 6, heads: int = 8, length: int = 64
-) -> Kind:
+def _transformer(classes: int, *, hidden: int = 512, layers: int = 6, heads: int = 8, length: int = 64) -> Kind:
     """20.0 million parameters."""
     model = partial(Transformer, classes, hidden=hidden, layers=layers, heads=heads, length=length)
     return Kind(model, length=length)

@@ -71,9 +71,7 @@ def _lstm(vocabulary: int, length: int, *, hidden: int = 256, layers: int = 1) -
     return LSTM(vocabulary, hidden=hidden, layers=layers)
 
 
-def _transformer(
-    vocabulary: int, length: int, *, hidden: int = 128, layers: int = 2, heads: int = 4
-) -> nn.Module:
+def _transformer(vocabulary: int, length: int, *, hidden: int = 128, layers: int = 2, heads: int = 4) -> nn.Module:
     return Transformer(vocabulary, hidden=hidden, layers=layers, heads=heads, length=length)
 
 
@@ -125,9 +123,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); --data must name a text file") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8; convert the text, with iconv for example"
-        ) from error
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the text, with iconv for example") from error
 
 
 def _python_documentation() -> str:
@@ -135,7 +131,5 @@ def _python_documentation() -> str:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DataError(
-            "this Python comes without pydoc_data.topics; give a text file with --data"
-        ) from error
+        raise DataError("this Python comes without pydoc_data.topics; give a text file with --data") from error
     return "".join(topics[name] for name in sorted(topics))

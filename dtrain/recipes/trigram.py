@@ -31,9 +31,7 @@ def trigram_perplexity(train: Tokens, text: Tokens, vocabulary: int) -> float:
     """
     cut = len(train) - max(len(train) // _HELD_OUT, 1)
     if cut < 3 or len(text) < 3:
-        raise UsageError(
-            f"trigram model: texts of {len(train)} and {len(text)} tokens: give at least 4 and 3"
-        )
+        raise UsageError(f"trigram model: texts of {len(train)} and {len(text)} tokens: give at least 4 and 3")
     fitted, seen = parts(train[:cut], train[cut - 2 :], vocabulary)
     whole = mixture_weights(fitted)
     mixed, test_seen = parts(train, text, vocabulary)

@@ -55,9 +55,9 @@ def first(recipe: Recipe, count: int) -> tuple[Tensor, ...]:
 
 
 def same(a: Recipe, b: Recipe) -> bool:
-    return all(
-        torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True)
-    ) and all(torch.equal(x, y) for x, y in zip(first(a, 8), first(b, 8), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True)) and all(
+        torch.equal(x, y) for x, y in zip(first(a, 8), first(b, 8), strict=True)
+    )
 
 
 def test_a_seed_decides_everything_and_leaves_the_global_state(small: Maker) -> None:
@@ -91,9 +91,7 @@ def test_dtype_is_that_of_parameters_and_floats(small: Maker) -> None:
         assert tensor.dtype in (torch.float64, torch.int64)
     loss = double.loss(double.model, first(double, 4))
     assert loss.dtype == torch.float64
-    torch.testing.assert_close(
-        single.loss(single.model, first(single, 4)).double(), loss, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(single.loss(single.model, first(single, 4)).double(), loss, rtol=1e-4, atol=1e-4)
 
 
 def test_an_empty_batch_goes_forward_and_backward(small: Maker) -> None:
@@ -192,9 +190,7 @@ def test_synthetic_models_have_their_size(model: str, low: float, high: float) -
 
 def test_names_are_all_in_the_error() -> None:
     assert names() == ("digits", "fashion", "text", "synthetic")
-    with pytest.raises(
-        UsageError, match="'digit' is unknown: choose one of digits, fashion, text, synthetic"
-    ):
+    with pytest.raises(UsageError, match="'digit' is unknown: choose one of digits, fashion, text, synthetic"):
         build("digit")
 
 

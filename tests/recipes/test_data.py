@@ -15,9 +15,7 @@ def halved(batch: Batch) -> Batch:
 
 
 def spread(samples: int, bank: int = 40) -> WindowData:
-    return WindowData(
-        torch.arange(bank), samples=samples, width=9, split=lambda windows, indices: (windows, indices)
-    )
+    return WindowData(torch.arange(bank), samples=samples, width=9, split=lambda windows, indices: (windows, indices))
 
 
 DATA = [

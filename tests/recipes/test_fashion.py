@@ -49,9 +49,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, suffix: str, content: bytes, me
         read_idx(path, 3)
 
 
-@pytest.mark.parametrize(
-    "content", [b"not gzip", gzip.compress(GOOD)[:-12], gzip.compress(GOOD)[:20] + b"?" * 30]
-)
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(GOOD)[:-12], gzip.compress(GOOD)[:20] + b"?" * 30])
 def test_damaged_packing_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "images.gz"
     path.write_bytes(content)
@@ -76,9 +74,7 @@ def test_images_are_normalised_over_the_training_part(tmp_path: Path, suffix: st
 def test_missing_files_are_named_with_where_to_get_them(tmp_path: Path) -> None:
     write_fashion(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(
-        DataError, match=r"t10k-labels-idx1-ubyte: not found.*apt-get install dataset-fashion-mnist"
-    ):
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte: not found.*apt-get install dataset-fashion-mnist"):
         build("fashion", data=str(tmp_path))
 
 

@@ -51,9 +51,9 @@ def test_samples_cover_each_part_once_without_overlap(tmp_path: Path) -> None:
 
 def test_the_baseline_is_that_of_the_text(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(ord("a"), ord("i"), 30_000).astype(np.uint8).tobytes()
-    assert build("text", data=written(tmp_path, noise), hidden=4).notes[
-        "trigram_perplexity"
-    ] == pytest.approx(8, rel=0.03)
+    assert build("text", data=written(tmp_path, noise), hidden=4).notes["trigram_perplexity"] == pytest.approx(
+        8, rel=0.03
+    )
 
 
 def test_perplexity_is_of_the_mean_loss() -> None:

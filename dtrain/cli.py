@@ -1,0 +1,399 @@
+"""The commands: train, compare, launch, server, doctor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from dtrain import __version__, doctor, env, tables
+from dtrain.compare import compare, python_m_dtrain
+from dtrain.connect import connect
+from dtrain.errors import DtrainError, UsageError
+from dtrain.jobs import launch
+from dtrain.jobs import run as run_job
+from dtrain.processes import end_with_launcher
+from dtrain.ps.server import Server
+from dtrain.runs import RunSpec
+from dtrain.runs import train as train_run
+
+Recipe = Literal["digits", "fashion", "text", "synthetic"]
+Path_ = Annotated[str | None, arg(metavar="PATH")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What `train` and `compare` share."""
+
+    recipe: Positional[Recipe] = "digits"
+    """What to train: digits (scikit-learn's, a small CNN), fashion (Fashion-MNIST, ResNet-18), text (a character
+    language model), synthetic (random data, for throughput)."""
+    option: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
+    """Options of the recipe: `width=8` for fashion; `model=transformer hidden=128` for text and synthetic."""
+    data: Path_ = None
+    """Directory of the Fashion-MNIST files, or a UTF-8 text file."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Type of the parameters; float64 shows that backends agree to the last digits."""
+    device: str = "auto"
+    """auto (CUDA if there is any, worker by worker), cpu, cuda, cuda:N."""
+    global_batch: int | None = None
+    """Samples in one optimizer step, over all workers. Default: the recipe's."""
+    micro_batch: int | None = None
+    """Most samples of one forward of a worker; more are accumulated."""
+    epochs: int | None = None
+    """Passes over the data. Default: the recipe's."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    lr: float | None = None
+    """Learning rate. Default: the recipe's."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the global gradient."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Mixed precision."""
+    seed: int = 0
+    """Decides initial weights and the order of the data."""
+    bucket_mb: float = 25.0
+    """Size at which gradients are sent, in MiB."""
+    timeout_s: float = 60.0
+    """Longest wait of a worker for another, in seconds, before the job fails with the name of the late one."""
+    log_every: int = 10
+    """Steps between two records in metrics.jsonl."""
+    num_data_workers: int = 0
+    """Processes that fetch data ahead, for each worker."""
+    progress: bool = True
+    """Show a progress bar (on a terminal)."""
+    quiet: bool = False
+    """Print no table at the end."""
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Write the figures to this file."""
+
+    def spec(self, **more: Any) -> RunSpec:
+        names = {f.name for f in dataclasses.fields(RunSpec)} & {f.name for f in dataclasses.fields(self)} - set(more)
+        return RunSpec(options=self.option, **{n: getattr(self, n) for n in names}, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(_Run):
+    """Train a recipe over one backend.
+
+    Starts the workers (and the server) on this host, or joins the job when run under torchrun or `dtrain launch`.
+    Leaves config.json, metrics.jsonl, summary.json, model.safetensors and checkpoints in its run directory.
+    """
+
+    backend: str = "ps"
+    """ps (parameter server), allreduce (gloo or NCCL), threads (workers in one process), solo (one worker)."""
+    workers: Annotated[int, arg(aliases=["-n"])] = 2
+    """Number of workers; inside a job, the job's."""
+    norm_batch: Literal["worker", "global"] = "worker"
+    """Samples that share batch-norm statistics: those of each worker, or those of all."""
+    devices: Annotated[tuple[str, ...], arg(metavar="DEVICE ...")] = ()
+    """For threads: a device for each worker (cuda:0 cuda:1). Gradients are gathered and the update is made on the first
+    one, and parameters are handed out from there, as in DataParallel."""
+    run_dir: Path_ = None
+    """Where the run's files go. Default: runs/RECIPE-BACKEND-TIME."""
+    checkpoint_every: str = "epoch"
+    """epoch, never, or a number of steps."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --run-dir."""
+    tensorboard: bool = False
+    """Write scalars for TensorBoard into the run directory."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        if self.backend in ("solo", "threads") or env.in_job():
+            return self._work()
+        run_dir = self.run_dir or _new_run_dir(self.recipe, self.backend)
+        command = python_m_dtrain(*argv, "--run-dir", run_dir)
+        return launch(command, workers=self.workers, backend=self.backend, timeout_s=self.timeout_s)
+
+    def _work(self) -> int:
+        """Train, as one worker or as all of them in this process."""
+        if self.devices and self.backend != "threads":
+            raise UsageError(f"--devices goes with --backend threads, not {self.backend}; see --device")
+        run_dir = self.run_dir or _new_run_dir(self.recipe, self.backend)
+        spec = self.spec(run_dir=run_dir)
+        if self.backend in ("solo", "threads"):
+            end_with_launcher(env.resolve(), "worker 0")
+            workers = 1 if self.backend == "solo" else len(self.devices) or self.workers
+            summary = run_job(
+                train_run,
+                spec,
+                workers=workers,
+                backend=self.backend,
+                devices=self.devices or None,
+                timeout_s=self.timeout_s,
+            )[0]
+            first = env.resolve().rank == 0
+        else:
+            comm = connect(self.backend, timeout_s=self.timeout_s)
+            try:
+                summary = train_run(comm, spec)
+            finally:
+                comm.close()
+            first = comm.rank == 0
+        if first and not self.quiet:
+            print(f"{tables.run(summary)}\nRun directory: {run_dir}", flush=True)
+        if first:
+            _write_json(self.json, summary)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_Run):
+    """Train a recipe over several backends from one seed: do they train the same model, how fast, at what cost?
+
+    Prints a table and the largest difference of any weight between two runs. Batch norm is synchronised over workers
+    unless --norm-batch says otherwise: only then can n workers equal one. --json writes: recipe, workers, dtype, steps,
+    max_abs_weight_diff (over all pairs of runs and all parameters, at the end), pairs, bitwise, and runs: for each
+    backend step_ms, compute_ms, exposed_comm_ms, bytes_sent_per_step, loss, accuracy and more.
+    """
+
+    backends: str = "ps,allreduce"
+    """Names with commas between: solo, threads, ps, allreduce."""
+    workers: Annotated[int | None, arg(aliases=["-n"])] = None
+    """Number of workers. Default: 2, or those of the job."""
+    norm_batch: Literal["worker", "global"] = "global"
+    """Samples that share batch-norm statistics: those of each worker, or those of all."""
+    run_dir: Path_ = None
+    """Where the runs' files go, a directory for each backend. Default: runs/compare-RECIPE-TIME."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        inside = env.in_job()
+        workers = self.workers or (env.resolve().world_size if inside else 2)
+        if self.workers is not None and inside and self.workers != env.resolve().world_size:
+            raise UsageError(f"--workers is {self.workers}, and this job has {env.resolve().world_size}: leave it out")
+        backends = [b.strip() for b in self.backends.split(",") if b.strip()]
+        folder = Path(self.run_dir or _new_run_dir(f"compare-{self.recipe}", ""))
+        if not inside or env.resolve().rank == 0:
+            sharing = {"global": "synchronised over workers", "worker": "each worker's own"}[self.norm_batch]
+            print(f"Batch-norm statistics: {sharing} (--norm-batch {self.norm_batch}).", flush=True)
+        result = compare(self.spec(), backends, workers, folder, lambda b, s: self._command(argv, b, workers, s))
+        if result is not None and not self.quiet:
+            print(f"\n{tables.comparison(result)}\nRun directories: {folder}", flush=True)
+        if result is not None:
+            _write_json(self.json, result)
+        return 0
+
+    def _command(self, argv: Sequence[str], backend: str, workers: int, spec: RunSpec) -> list[str]:
+        """The `dtrain train` that makes one of the runs."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Run) if f.name not in ("recipe", "json")}
+        fields |= {"micro_batch": spec.micro_batch, "norm_batch": self.norm_batch, "run_dir": spec.run_dir}
+        fields |= {"backend": backend, "workers": workers, "checkpoint_every": "never", "quiet": True}
+        return python_m_dtrain("train", self.recipe, *_flags(fields))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Run a script of your own as n workers on this host: dtrain launch -n 4 --backend ps script.py --its-own --flags.
+
+    The script calls dtrain.connect(). Worker 0 prints here, the others with their name before each line. When one
+    fails, the rest is ended and the one that failed first is named; nothing stays behind on Ctrl-C.
+    """
+
+    workers: Annotated[int, arg(aliases=["-n"])] = 2
+    """Number of workers."""
+    backend: str = "allreduce"
+    """What dtrain.connect() takes by default; ps starts a server beside the workers."""
+    servers: int = 1
+    """Number of servers for ps; one is supported."""
+    timeout_s: float = 60.0
+    """Longest wait of a worker for another, in seconds."""
+    threads: int | None = None
+    """Processor threads of each worker. Default: the cores, shared out."""
+
+    def run(self, argv: Sequence[str], command: Sequence[str] = ()) -> int:
+        if not command:
+            raise UsageError("nothing to launch: dtrain launch -n 2 --backend ps script.py")
+        if self.workers < 1 or self.servers != 1:
+            raise UsageError(f"workers is {self.workers}, servers {self.servers}: one worker or more, and one server")
+        if command[0].endswith(".py"):
+            command = [sys.executable, *command]
+        return launch(
+            command,
+            workers=self.workers,
+            backend=self.backend,
+            timeout_s=self.timeout_s,
+            threads=self.threads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerCommand:
+    """Run the parameter server by hand: dtrain server --bind tcp://127.0.0.1:5555 --workers 4.
+
+    Workers find it by DTRAIN_SERVERS, or connect(server=...). It ends when all workers have left.
+    """
+
+    bind: str | None = None
+    """ipc:///path or tcp://host:port; port 0 takes a free one, which is printed. Default: from DMLC_PS_ROOT_URI and
+    DMLC_PS_ROOT_PORT."""
+    workers: Annotated[int | None, arg(aliases=["-n"])] = None
+    """How many workers take part. Default: from DMLC_NUM_WORKER."""
+    timeout_s: float = 60.0
+    """How long a round waits for its last worker, in seconds."""
+    connect_timeout_s: float = 60.0
+    """How long to wait for all workers to join, in seconds."""
+    insecure_no_encryption: bool = False
+    """Listen beyond this host, where anybody may read and write: for networks that you trust."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        place = env.resolve(rank=0, world_size=self.workers, servers=self.bind)
+        if place.servers is None:
+            raise UsageError(
+                "no address: give --bind tcp://127.0.0.1:5555, or set DMLC_PS_ROOT_URI and DMLC_PS_ROOT_PORT"
+            )
+        end_with_launcher(place, "server")
+        server = Server(
+            place.servers,
+            place.world_size,
+            job_id=place.job_id,
+            timeout_s=self.timeout_s,
+            connect_timeout_s=self.connect_timeout_s,
+            insecure_no_encryption=self.insecure_no_encryption,
+        )
+        if place.launcher_fd is None:
+            print(f"listening at {server.address} for {place.world_size} workers", flush=True)
+        try:
+            server.run()
+        finally:
+            server.close()
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """What is here (torch, gloo, NCCL, shared memory, cores, interfaces), and what would go wrong."""
+
+    json: Annotated[str | None, arg(metavar="FILE")] = None
+    """Write the facts to this file."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        facts = doctor.examine()
+        print(doctor.text(facts))
+        _write_json(self.json, facts)
+        return 0
+
+
+_COMMANDS: dict[str, tuple[Any, str]] = {
+    "train": (Train, "train a recipe over one backend"),
+    "compare": (
+        Compare,
+        "train a recipe over several backends, and compare weights, speed and communication",
+    ),
+    "launch": (Launch, "run a script of your own as n workers on this host"),
+    "server": (ServerCommand, "run the parameter server by hand"),
+    "doctor": (Doctor, "what is here, and what would go wrong"),
+}
+
+_ABOUT = f"""dtrain {__version__}: data-parallel training on PyTorch, over a parameter server or all-reduce.
+
+Begin with: dtrain compare digits    (two backends, one model)
+A command ends with 0, or with: 64 usage, 65 bad data, 69 another process lost, 76 protocol.
+DTRAIN_DEBUG=1 shows tracebacks, DTRAIN_LOG_LEVEL=info the place in the job.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; ends the process with the command's exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=env.log_level(), format="dtrain: %(message)s")
+    sys.exit(_guarded(lambda: _dispatch(arguments)))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        print(f"dtrain {__version__}")
+        return 0
+    own, rest = _split_launch(arguments)
+    try:
+        if own[:1] and own[0] in _COMMANDS:
+            command = tyro.cli(_COMMANDS[own[0]][0], args=own[1:], prog=f"dtrain {own[0]}")
+        else:
+            return _overview(own)
+    except SystemExit as stop:  # tyro has said what is wrong
+        return UsageError.exit_code if stop.code == 2 else int(stop.code or 0)
+    if isinstance(command, Launch):
+        return command.run(own, rest)
+    code: int = command.run(own)
+    return code
+
+
+def _overview(arguments: list[str]) -> int:
+    """What the commands are, and whether that was asked for."""
+    lines = [f"  {name:<9}{what}" for name, (_, what) in _COMMANDS.items()]
+    text = "\n".join([_ABOUT, "commands:", *lines, "", "dtrain COMMAND --help explains one of them."])
+    if arguments[:1] in (["-h"], ["--help"], ["help"]):
+        print(text)
+        return 0
+    wrong = f"there is no command {arguments[0]!r}\n" if arguments else ""
+    print(f"{wrong}{text}", file=sys.stderr)
+    return UsageError.exit_code
+
+
+def _split_launch(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The part that is ours, and the command that `launch` is to run with flags of its own."""
+    if arguments[:1] != ["launch"]:
+        return arguments, []
+    position = 1
+    while position < len(arguments) and arguments[position].startswith("-"):
+        flag = arguments[position]
+        if flag == "--":
+            return arguments[:position], arguments[position + 1 :]
+        position += 1 if "=" in flag or flag in ("-h", "--help") else 2
+    return arguments[:position], arguments[position:]
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Turn our errors into one line and an exit code."""
+    try:
+        return work()
+    except DtrainError as error:
+        if env.debug():
+            raise
+        print(f"dtrain: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _flags(fields: dict[str, Any]) -> list[str]:
+    """A command line from values; None is left out."""
+    flags: list[str] = []
+    for name, value in fields.items():
+        flag = name.replace("_", "-")
+        if value is None or value == ():
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def _new_run_dir(what: str, backend: str) -> str:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = "-".join(part for part in (what, backend, stamp) if part)
+    Path("runs").mkdir(exist_ok=True)
+    return tempfile.mkdtemp(prefix=f"{name}-", dir="runs")
+
+
+def _write_json(file: str | None, record: dict[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        Path(file).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json {file}: {error.strerror}") from error

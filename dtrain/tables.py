@@ -1,0 +1,98 @@
+"""Figures as text: tables that fit a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+RATIO = (
+    "ratio = compute time (forward, backward, optimizer) / time blocked on communication, of worker 0's median step."
+)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their longest cell; the first to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def comparison(result: dict[str, Any]) -> str:
+    """What `dtrain compare` prints."""
+    runs = result["runs"]
+    scores = [name for name in ("accuracy", "perplexity") if any(name in run for run in runs.values())]
+    head = [
+        "backend",
+        "step ms",
+        "compute ms",
+        "exposed comm ms",
+        "ratio",
+        "MB sent/step",
+        "samples/s",
+        "loss",
+        *scores,
+    ]
+    rows = [
+        [backend, *_timing(run), _number(run["loss"], 4), *(_score(run, s) for s in scores)]
+        for backend, run in runs.items()
+    ]
+    return "\n".join([table(head, rows), "", verdict(result), RATIO])
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Whether the runs trained the same model, in words."""
+    largest = result["max_abs_weight_diff"]
+    pair = max(result["pairs"], key=result["pairs"].__getitem__).replace(",", " and ")
+    scope = f"after {result['steps']} steps in {result['dtype']}"
+    if len(result["bitwise"]) == len(result["pairs"]):
+        return f"Same model, bit for bit: no weight differs between the runs {scope}."
+    text = f"Largest difference of any weight between two runs, {pair}, {scope}: {largest:.1e}."
+    if result["bitwise"]:
+        text += " Equal bit for bit: " + "; ".join(p.replace(",", " and ") for p in result["bitwise"]) + "."
+    return text
+
+
+def run(summary: dict[str, Any]) -> str:
+    """What `dtrain train` prints at the end."""
+    scores = [name for name in ("accuracy", "perplexity", "trigram_perplexity") if name in summary]
+    head = [
+        "backend",
+        "workers",
+        "step ms",
+        "compute ms",
+        "exposed comm ms",
+        "ratio",
+        "MB sent/step",
+        "samples/s",
+        "loss",
+    ]
+    row = [summary["backend"], str(summary["workers"]), *_timing(summary), _number(summary["loss"], 4)]
+    lines = [table([*head, *scores], [[*row, *(_score(summary, s) for s in scores)]])]
+    if "device0_extra_memory_bytes" in summary:
+        names = ("memory_bytes", "bytes_sent_per_step", "bytes_received_per_step")
+        memory, sent, received = (f"{summary[f'device0_extra_{name}'] / 1e6:.1f} MB" for name in names)
+        lines.append(
+            f"Worker 0's device updates for all: compared with another one it holds {memory} more, and in a step sends "
+            f"{sent} and receives {received} more."
+        )
+    return "\n".join([*lines, RATIO])
+
+
+def _timing(run: dict[str, Any]) -> list[str]:
+    ratio = _number(run["ratio"], 1) if "ratio" in run else "-"
+    cells = [_number(run.get(name), 2) for name in ("step_ms", "compute_ms", "exposed_comm_ms")]
+    return [*cells, ratio, _number(run["bytes_sent_per_step"] / 1e6, 3), f"{run['samples_per_s']:.0f}"]
+
+
+def _score(run: dict[str, Any], name: str) -> str:
+    if name not in run:
+        return "-"
+    return f"{100 * run[name]:.2f} %" if name == "accuracy" else _number(run[name], 3)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
