@@ -90,8 +90,9 @@ class Train(_Run):
     Leaves config.json, metrics.jsonl, summary.json, model.safetensors and checkpoints in its run directory.
     """
 
-    backend: str = "ps"
-    """ps (parameter server), allreduce (gloo or NCCL), threads (workers in one process), solo (one worker)."""
+    backend: str | None = None
+    """ps (parameter server), allreduce (gloo or NCCL), threads (workers in one process), solo (one worker). Default:
+    DTRAIN_BACKEND, else ps."""
     workers: Annotated[int, arg(aliases=["-n"])] = 2
     """Number of workers; inside a job, the job's."""
     norm_batch: Literal["worker", "global"] = "worker"
@@ -109,32 +110,33 @@ class Train(_Run):
     """Write scalars for TensorBoard into the run directory."""
 
     def run(self, argv: Sequence[str]) -> int:
-        if self.backend in ("solo", "threads") or env.in_job():
-            return self._work()
-        run_dir = self.run_dir or _new_run_dir(self.recipe, self.backend)
+        backend = self.backend or env.resolve().backend or "ps"
+        if backend in ("solo", "threads") or env.in_job():
+            return self._work(backend)
+        run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
         command = python_m_dtrain(*argv, "--run-dir", run_dir)
-        return launch(command, workers=self.workers, backend=self.backend, timeout_s=self.timeout_s)
+        return launch(command, workers=self.workers, backend=backend, timeout_s=self.timeout_s)
 
-    def _work(self) -> int:
+    def _work(self, backend: str) -> int:
         """Train, as one worker or as all of them in this process."""
-        if self.devices and self.backend != "threads":
-            raise UsageError(f"--devices goes with --backend threads, not {self.backend}; see --device")
-        run_dir = self.run_dir or _new_run_dir(self.recipe, self.backend)
+        if self.devices and backend != "threads":
+            raise UsageError(f"--devices goes with --backend threads, not {backend}; see --device")
+        run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
         spec = self.spec(run_dir=run_dir)
-        if self.backend in ("solo", "threads"):
+        if backend in ("solo", "threads"):
             end_with_launcher(env.resolve(), "worker 0")
-            workers = 1 if self.backend == "solo" else len(self.devices) or self.workers
+            workers = 1 if backend == "solo" else len(self.devices) or self.workers
             summary = run_job(
                 train_run,
                 spec,
                 workers=workers,
-                backend=self.backend,
+                backend=backend,
                 devices=self.devices or None,
                 timeout_s=self.timeout_s,
             )[0]
             first = env.resolve().rank == 0
         else:
-            comm = connect(self.backend, timeout_s=self.timeout_s)
+            comm = connect(backend, timeout_s=self.timeout_s)
             try:
                 summary = train_run(comm, spec)
             finally:

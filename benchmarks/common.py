@@ -1,0 +1,140 @@
+"""What the benchmark scripts share: flags, ratios of alternating runs, and the record that each leaves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dtrain.tables import table
+
+Row = dict[str, Any]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Flags of every script: --quick and --json."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--quick", action="store_true", help="fewer and smaller cases, well under a minute")
+    flags.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    return flags
+
+
+def alternate(
+    contender: Callable[[], None], baseline: Callable[[], None], *, rounds: int, steps: int, warmup: int = 2
+) -> tuple[list[float], list[float]]:
+    """Seconds a step of each, by round. They take turns, and who goes first alternates: a slow phase of the machine
+    strikes both."""
+    for _ in range(warmup):
+        contender()
+        baseline()
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds):
+        order = ((0, contender), (1, baseline)) if number % 2 == 0 else ((1, baseline), (0, contender))
+        for which, step in order:
+            start_s = time.perf_counter()
+            for _ in range(steps):
+                step()
+            times[which].append((time.perf_counter() - start_s) / steps)
+    return times
+
+
+def ratio_row(case: str, contender: str, baseline: str, times: tuple[Sequence[float], Sequence[float]]) -> Row:
+    """A row of the record: the contender's time over the baseline's, round by round."""
+    ratios = [c / b for c, b in zip(*times, strict=True)]
+    return {
+        "case": case,
+        "contender": contender,
+        "baseline": baseline,
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "contender_ms": statistics.median(times[0]) * 1e3,
+        "baseline_ms": statistics.median(times[1]) * 1e3,
+        "rounds": len(ratios),
+    }
+
+
+def show(rows: Sequence[Row]) -> str:
+    """The rows as a table."""
+    head = ["case", "contender", "baseline", "ratio", "min", "max", "contender ms", "baseline ms", "rounds"]
+    return table(
+        head,
+        [
+            [
+                *(row["case"], row["contender"], row["baseline"]),
+                *(f"{row[f'ratio_{name}']:.3f}" for name in ("median", "min", "max")),
+                *(f"{row[f'{name}_ms']:.1f}" for name in ("contender", "baseline")),
+                str(row["rounds"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def record(rows: Sequence[Row], file: Path | None, **more: object) -> None:
+    """Print the rows, and write them with what is needed to run them again."""
+    print(show(rows))
+    if file is None:
+        return
+    contents = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "hardware": hardware(),
+        **more,
+        "rows": list(rows),
+    }
+    file.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """The commit that is checked out, with a plus where files differ from it."""
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("dtrain", "pyzmq", "msgpack", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def hardware() -> dict[str, object]:
+    """Processor, cores, memory, GPUs."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "load_before": round(psutil.getloadavg()[0], 2),
+    }
