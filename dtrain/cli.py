@@ -18,7 +18,7 @@ from tyro.conf import Positional, arg
 
 from dtrain import __version__, doctor, env, tables
 from dtrain.compare import compare, python_m_dtrain
-from dtrain.connect import connect
+from dtrain.connect import check_backend, connect
 from dtrain.errors import DtrainError, UsageError
 from dtrain.jobs import launch
 from dtrain.jobs import run as run_job
@@ -111,6 +111,8 @@ class Train(_Run):
 
     def run(self, argv: Sequence[str]) -> int:
         backend = self.backend or env.resolve().backend or "ps"
+        check_backend(backend)
+        _check_json(self.json)
         if backend in ("solo", "threads") or env.in_job():
             return self._work(backend)
         run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
@@ -174,6 +176,9 @@ class Compare(_Run):
         if self.workers is not None and inside and self.workers != env.resolve().world_size:
             raise UsageError(f"--workers is {self.workers}, and this job has {env.resolve().world_size}: leave it out")
         backends = [b.strip() for b in self.backends.split(",") if b.strip()]
+        for backend in backends:
+            check_backend(backend)
+        _check_json(self.json)
         folder = Path(self.run_dir or _new_run_dir(f"compare-{self.recipe}", ""))
         if not inside or env.resolve().rank == 0:
             sharing = {"global": "synchronised over workers", "worker": "each worker's own"}[self.norm_batch]
@@ -215,6 +220,7 @@ class Launch:
     def run(self, argv: Sequence[str], command: Sequence[str] = ()) -> int:
         if not command:
             raise UsageError("nothing to launch: dtrain launch -n 2 --backend ps script.py")
+        check_backend(self.backend)
         if self.workers < 1 or self.servers != 1:
             raise UsageError(f"workers is {self.workers}, servers {self.servers}: one worker or more, and one server")
         if command[0].endswith(".py"):
@@ -390,6 +396,12 @@ def _new_run_dir(what: str, backend: str) -> str:
     name = "-".join(part for part in (what, backend, stamp) if part)
     Path("runs").mkdir(exist_ok=True)
     return tempfile.mkdtemp(prefix=f"{name}-", dir="runs")
+
+
+def _check_json(file: str | None) -> None:
+    """Say before a long run that its figures cannot be written."""
+    if file is not None and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise UsageError(f"--json {file}: no file can be made there; its directory must exist")
 
 
 def _write_json(file: str | None, record: dict[str, Any]) -> None:

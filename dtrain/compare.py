@@ -52,7 +52,8 @@ def compare(
     """
     if len(set(backends)) != len(backends) or len(backends) < 2:
         raise UsageError(f"backends is {','.join(backends)}: give two or more, each once")
-    for backend in backends:
+    # In a job, process 0 is late wherever it first runs something by itself: that comes last.
+    for backend in sorted(backends, key=_is_alone) if env.in_job() else backends:
         one = _one(spec, backend, workers, folder / backend)
         if env.in_job():
             _in_job(one, backend, workers)
@@ -72,7 +73,7 @@ def _one(spec: RunSpec, backend: str, workers: int, run_dir: Path) -> RunSpec:
 
 
 def _start(spec: RunSpec, backend: str, workers: int, command: Callable[[str, RunSpec], list[str]]) -> None:
-    alone = backend in ("solo", "threads")
+    alone = _is_alone(backend)
     code = launch(command(backend, spec), workers=1 if alone else workers, backend="solo" if alone else backend)
     if code:
         raise SystemExit(code)
@@ -82,7 +83,7 @@ def _in_job(spec: RunSpec, backend: str, workers: int) -> None:
     place = env.resolve()
     if place.world_size != workers:
         raise UsageError(f"workers is {workers}, and this job has {place.world_size}: leave --workers out")
-    if backend not in ("solo", "threads"):
+    if not _is_alone(backend):
         comm = connect(backend)
         try:
             train(comm, spec)
@@ -90,6 +91,11 @@ def _in_job(spec: RunSpec, backend: str, workers: int) -> None:
             comm.close()
     elif place.rank == 0:
         run_job(train, spec, workers=1 if backend == "solo" else workers, backend=backend)
+
+
+def _is_alone(backend: str) -> bool:
+    """Whether one process runs all the workers."""
+    return backend in ("solo", "threads")
 
 
 def _compared(spec: RunSpec, backends: Sequence[str], workers: int, folder: Path) -> dict[str, Any]:

@@ -89,6 +89,15 @@ def connect(
     return join(Request(place=place, timeout_s=limit_s, connect_timeout_s=connect_timeout_s))
 
 
+def check_backend(name: str) -> None:
+    """Refuse the name of a backend that there is not.
+
+    Raises:
+        UsageError: it is none of ours, and no entry point's; lists what there is.
+    """
+    _finder(name)
+
+
 def _finder(name: str) -> Callable[[Request], Backend]:
     own: dict[str, Callable[[Request], Backend]] = {
         "solo": _solo,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ class Micro:
     """This worker's share of the micro-batch."""
 
 
+class Share(TypedDict):
+    """A micro-batch's part in its step: keyword arguments of `Replica.backward`."""
+
+    samples: int
+    total: int
+    sync: bool
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step, as one worker sees it."""
@@ -46,8 +54,11 @@ class Step:
 
 def shuffled(num_samples: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch: (num_samples,) int64; one shuffle for all workers."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(num_samples, generator=generator)
+    return torch.randperm(num_samples, generator=_generator(seed * 1_000_003 + epoch))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed % 2**63)
 
 
 def cut(count: int, part: int, parts: int) -> slice:
@@ -104,14 +115,22 @@ class Loader:
             collate: makes a batch of a list of samples.
 
         Raises:
-            UsageError: a batch of no samples; DataError: a data set of none.
+            UsageError: a batch of no samples, or a stream with several readers; DataError: a data set of none.
         """
         accumulation(global_batch, None, world_size)
+        if accumulate < 1 or num_workers < 0:
+            raise UsageError(f"accumulate is {accumulate}, num_workers {num_workers}: give 1 or more, and 0 or more")
+        if not 0 <= rank < world_size:
+            raise UsageError(f"rank is {rank}, world_size {world_size}: ranks run from 0 to world_size - 1")
+        if isinstance(dataset, IterableDataset) and num_workers > 1:
+            raise UsageError(f"num_workers is {num_workers}: a stream is read by one process, give 0 or 1")
         self.dataset = dataset
         self.global_batch = global_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
         self._accumulate = accumulate
         self._place = {"rank": rank, "world_size": world_size}
-        self._seed = seed
         self._shuffle = shuffle
         self._num_workers = num_workers
         self._collate = collate
@@ -129,13 +148,27 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Step]:
         """The steps of an epoch, from step number `start` on."""
         if isinstance(self.dataset, IterableDataset):
-            return self._stream(start)
+            return self._stream(epoch, start)
         return self._map(epoch, start)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Any, Share]]:
+        """The epoch for a loop of one's own: each batch with what `Replica.backward` is to know of it.
+
+            for (x, y), share in loader.batches(epoch):
+                replica.backward(loss(model(x), y), **share)
+                if share["sync"]:
+                    optimizer.step()
+                    optimizer.zero_grad()
+        """
+        for step in self.epoch(epoch):
+            micro_batches = list(step.micro_batches)
+            for position, micro in enumerate(micro_batches, 1):
+                yield micro.batch, Share(samples=micro.samples, total=step.total, sync=position == len(micro_batches))
 
     def _map(self, epoch: int, start: int) -> Iterator[Step]:
         assert self.num_samples is not None  # noqa: S101
         count = self.num_samples
-        order = shuffled(count, self._seed, epoch) if self._shuffle else torch.arange(count)
+        order = shuffled(count, self.seed, epoch) if self._shuffle else torch.arange(count)
         batches = list(order.split(self.global_batch))[start:]
         shares = [share(len(b), accumulate=self._accumulate, **self._place) for b in batches]
         indices = [b[r.start : r.stop] for b, ranges in zip(batches, shares, strict=True) for r in ranges]
@@ -150,20 +183,22 @@ class Loader:
         whole = getattr(self.dataset, "batch", None)
         if whole is not None and self._num_workers == 0:
             return (whole(i) for i in indices)
-        generator = torch.Generator().manual_seed((self._seed * 31 + epoch) * 1009 + self._place["rank"])
         return DataLoader(
             self.dataset,
             batch_sampler=[i.tolist() for i in indices],
             num_workers=self._num_workers,
             collate_fn=self._collate,
-            generator=generator,
+            generator=self._own_generator(epoch),
         )
 
-    def _stream(self, start: int) -> Iterator[Step]:
+    def _own_generator(self, epoch: int) -> torch.Generator:
+        """What a DataLoader draws from, so that it leaves torch's own generator, and with it a resumed run, alone."""
+        return _generator((self.seed * 31 + epoch) * 1009 + self.rank)
+
+    def _stream(self, epoch: int, start: int) -> Iterator[Step]:
         stream = _Shares(self.dataset, self.global_batch, self._accumulate, self._place, self._collate)  # type: ignore[arg-type]
-        if self._num_workers > 1:
-            raise UsageError(f"num_workers is {self._num_workers}: a stream is read by one process, give 0 or 1")
-        loader = DataLoader(stream, batch_size=None, num_workers=self._num_workers)
+        generator = self._own_generator(epoch)
+        loader = DataLoader(stream, batch_size=None, num_workers=self._num_workers, generator=generator)
         for number, (total, micros) in enumerate(loader):
             if number >= start:
                 yield Step(number, total, [Micro(batch, samples) for batch, samples in micros])

@@ -71,6 +71,10 @@ class Place:
     """Field -> the argument or the variable that set it."""
 
     def __post_init__(self) -> None:
+        if self.role not in ("worker", "server"):
+            raise UsageError(
+                f"role is {self.role!r}: it is worker or server; dtrain needs no scheduler"
+            )
         if self.world_size < 1:
             raise UsageError(f"world_size is {self.world_size}: a job has at least one worker")
         if not 0 <= self.rank < self.world_size:
@@ -104,6 +108,11 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
         found = _read(environ, name)
         if found:
             values[name], sources[name] = _number(name, *found), found[1]
+    if values.get("world_size", 1) != 1 and "rank" not in values:
+        raise UsageError(
+            f"world_size is {values['world_size']} ({sources['world_size']}) and no rank is given: set RANK, or "
+            "DMLC_WORKER_ID, to this worker's number"
+        )
     if "local_world_size" not in values and "local_rank" not in values:
         _assume_one_host(values, environ)
     return Place(**values, sources=sources)  # type: ignore[arg-type]

@@ -141,15 +141,22 @@ class Evaluate(Hook):
 
 
 class JsonLog(Hook):
-    """One JSON object a line, on worker 0: records of steps, and the metrics after each epoch."""
+    """One JSON object a line, on worker 0: records of steps, and the metrics after each epoch and at the end.
+
+    A run that starts or is resumed at a step keeps what the file has up to that step; the rest is written anew. A
+    number that is not finite is null.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: TextIO | None = None
+        self._metrics_step = -1
 
     def on_start(self, state: State) -> None:
         if state.first:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _lines_to_step(self._path, state.step)
+            self._path.write_text("".join(kept), encoding="utf-8")
             self._file = self._path.open("a", encoding="utf-8")
 
     def on_step(self, state: State) -> None:
@@ -157,18 +164,44 @@ class JsonLog(Hook):
             self._write({"step": state.step, "epoch": state.epoch, "samples": state.samples, **state.record})
 
     def on_epoch(self, state: State) -> None:
-        if state.metrics:
+        if state.metrics and state.step != self._metrics_step:
+            self._metrics_step = state.step
             self._write({"step": state.step, "epoch": state.epoch, "samples": state.samples, "metrics": state.metrics})
 
     def on_end(self, state: State) -> None:
+        self.on_epoch(state)
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _write(self, record: dict[str, object]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
             self._file.flush()
+
+
+def finite(value: Any) -> Any:
+    """The same tree for strict JSON, which knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines_to_step(path: Path, step: int) -> list[str]:
+    """Lines of a log up to a step, the step included; without what a kill has torn."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            found = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(found, int) and found <= step and line.endswith("\n"):
+            kept.append(line)
+    return kept
 
 
 class TensorBoard(Hook):
@@ -182,18 +215,22 @@ class TensorBoard(Hook):
         self._make = SummaryWriter
         self._folder = folder
         self._writer: Any = None
+        self._metrics_step = -1
 
     def on_start(self, state: State) -> None:
         if state.first:
-            self._writer = self._make(str(self._folder))
+            self._writer = self._make(str(self._folder), purge_step=state.step + 1 if state.step else None)
 
     def on_step(self, state: State) -> None:
         self._write("train", state.record or {}, state.step)
 
     def on_epoch(self, state: State) -> None:
-        self._write("test", state.metrics, state.step)
+        if state.step != self._metrics_step:
+            self._metrics_step = state.step
+            self._write("test", state.metrics, state.step)
 
     def on_end(self, state: State) -> None:
+        self.on_epoch(state)
         if self._writer is not None:
             self._writer.close()
             self._writer = None

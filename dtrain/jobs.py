@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +29,9 @@ from dtrain.processes import Child, cores, remove, server_command
 from dtrain.ps.server import Server
 
 T = TypeVar("T")
+
+_PRELOADED = ["torch", "torch._dynamo", "dtrain", "dtrain.jobs"]
+"""Imported once, before workers are forked. An optimizer imports torch._dynamo when it is first used: seconds each."""
 
 _GRACE_S = 5.0
 """How long the others may take to notice a fault by themselves and say what they saw, before they are ended."""
@@ -100,7 +102,7 @@ def _run_processes(
     fn: Callable[..., T], args: tuple[object, ...], workers: int, backend: str, folder: str, timeout_s: float
 ) -> list[T]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dtrain", "dtrain.jobs"])
+    context.set_forkserver_preload(_PRELOADED)
     threads = max(1, cores() // workers)
     ends: list[Connection] = []
     processes: list[Any] = []
@@ -248,7 +250,8 @@ def launch(
     """
     folder = tempfile.mkdtemp(prefix="dtrain-")
     job = _Job(folder, workers, backend, timeout_s, threads or max(1, cores() // workers))
-    handlers = {n: signal.signal(n, _raise_signal) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {n: signal.signal(n, lambda number, _: job.interrupt(number)) for n in numbers}
     try:
         job.start(command)
         return job.follow()
@@ -256,8 +259,6 @@ def launch(
         print(f"dtrain: {signal.Signals(caught.number).name}: stopping {workers} workers", file=sys.stderr)
         return 128 + caught.number
     finally:
-        for number in handlers:
-            signal.signal(number, signal.SIG_IGN)
         job.stop()
         remove(folder)
         for number, handler in handlers.items():
@@ -270,10 +271,6 @@ class _Signalled(BaseException):
         self.number = number
 
 
-def _raise_signal(number: int, _: FrameType | None) -> None:
-    raise _Signalled(number)
-
-
 class _Job:
     """The processes of one launch."""
 
@@ -284,6 +281,15 @@ class _Job:
         self._timeout_s = timeout_s
         self._threads = threads
         self._children: list[Child] = []
+        self._signal = 0
+
+    def interrupt(self, number: int) -> None:
+        """Make `start` or `follow` end soon: a signal's handler that raised could lose a child just being started."""
+        self._signal = self._signal or number
+
+    def _look(self) -> None:
+        if self._signal:
+            raise _Signalled(self._signal)
 
     def start(self, command: Sequence[str]) -> None:
         job_id = secrets.token_hex(8)
@@ -293,6 +299,7 @@ class _Job:
             argv = server_command(address, self._workers, timeout_s=self._timeout_s)
             self._children.append(Child("server", argv, place))
         for rank in range(self._workers):
+            self._look()
             place = env.Place(
                 backend=self._backend,
                 rank=rank,
@@ -316,6 +323,7 @@ class _Job:
                 return self._explain(bad)
             if all(c.ended() for c in self._children):
                 return 0
+            self._look()
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -332,12 +340,14 @@ class _Job:
     def _explain(self, bad: list[Child]) -> int:
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline and not all(c.ended() or c.stopped() for c in self._children):
+            self._look()
             time.sleep(0.05)
         # Whoever ends with 69 complains about somebody else: look for the one who does not, or who is stopped.
         everyone = [c for c in self._children if c.ended() and c.process.returncode != 0]
         own = [c for c in bad + everyone if c.process.returncode != CommError.exit_code]
         stopped = [c for c in self._children if not c.ended() and c.stopped()]
-        culprit = (own or stopped or bad)[0]
+        early = [c for c in self._children if c.process.returncode == 0]
+        culprit = (own or stopped or early or bad)[0]
         rest = len([c for c in self._children if c is not culprit])
         print(
             f"dtrain: {culprit} {culprit.how()}; stopping the other {rest} processes",
@@ -345,4 +355,4 @@ class _Job:
             flush=True,
         )
         code = culprit.process.returncode
-        return CommError.exit_code if code is None or code < 0 else int(code)
+        return CommError.exit_code if code is None or code <= 0 else int(code)

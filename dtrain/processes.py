@@ -17,7 +17,7 @@ from typing import IO
 import psutil
 
 from dtrain import env
-from dtrain.errors import CommError
+from dtrain.errors import CommError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -47,16 +47,21 @@ class Child:
         read_end, self._lifeline = os.pipe()
         place = env.Place(**{**vars(place), "launcher_fd": read_end})
         pipe = subprocess.PIPE if prefix_output else None
-        self.process = subprocess.Popen(
-            list(argv),
-            env=env.for_child(place, threads=threads, loopback=env.LOOPBACK),
-            pass_fds=(read_end,),
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=pipe,
-        )
-        os.close(read_end)
+        try:
+            self.process = subprocess.Popen(
+                list(argv),
+                env=env.for_child(place, threads=threads, loopback=env.LOOPBACK),
+                pass_fds=(read_end,),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+            )
+        except OSError as error:
+            os.close(self._lifeline)
+            raise UsageError(f"cannot start {argv[0]!r} as {name}: {error.strerror}") from error
+        finally:
+            os.close(read_end)
         self._pumps = [_pump(name, *ends) for ends in self._streams()] if prefix_output else []
 
     def __str__(self) -> str:
@@ -76,13 +81,14 @@ class Child:
         code = self.process.returncode
         if code is None:
             return "was stopped (SIGSTOP)" if self.stopped() else "still ran"
+        if code == 0:
+            return "ended while others still waited for it (exit code 0)"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def signal(self, number: int) -> None:
-        """Send a signal to it and to what it has started."""
-        if not self.ended():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
+        """Send a signal to it and to what it has started, which may have outlived it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it ended within the time."""
@@ -131,6 +137,9 @@ def end_with_launcher(place: env.Place, who: str) -> None:
     def watch() -> None:
         with contextlib.suppress(OSError):
             os.read(fd, 1)  # returns when the launcher's end closes, whatever the reason
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process().children(recursive=True):
+                process.kill()
         message = f"dtrain: {who}: the launcher is gone; stopping\n"
         with contextlib.suppress(OSError):
             os.write(2, message.encode())
@@ -159,8 +168,9 @@ def _pump(name: str, source: IO[bytes], target: IO[str]) -> threading.Thread:
 
     def copy() -> None:
         for line in source:
-            target.write(f"[{name}] {line.decode(errors='replace')}")
-            target.flush()
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the child may go on
+                target.write(f"[{name}] {line.decode(errors='replace')}")
+                target.flush()
         source.close()
 
     thread = threading.Thread(target=copy, daemon=True, name=f"dtrain-{name}")

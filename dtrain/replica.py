@@ -7,9 +7,9 @@ the end of backward waits for the last one. Clipping, loss scaling and logging t
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ class Replica:
         self._where: dict[int, tuple[Bucket, int]] = {}
         self._agree_all()
         self._refresh()
-        _watch_optimizers(self)
+        _watch_optimizers()
+        _replicas.add(self)
 
     # -- what users call ----------------------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ class Replica:
             else:
                 self._unreduced = True
         except BaseException:
-            self._abandon()
+            self._end()
             raise
         finally:
             self._explicit, self._sync, self._scale = False, was, 1.0 / self.comm.world_size
@@ -267,10 +268,10 @@ class Replica:
                 work.wait()
                 bucket.settle(absent)
         finally:
-            self._abandon()
+            self._end()
         self._unreduced = False
 
-    def _abandon(self) -> None:
+    def _end(self) -> None:
         self._running = False
         self._works = []
         self._accumulating = False if self._sync else self._accumulating
@@ -301,12 +302,12 @@ class Replica:
         plans = plan(self._named, bucket_bytes=self._sizes[0], first_bytes=self._sizes[1])
         self._buckets, self._where = [], {}
         for number, bucket_plan in enumerate(plans):
-            bucket = Bucket(bucket_plan, self._named, partial(self._empty, f"gradient/{number}"))
+            bucket = Bucket(bucket_plan, self._named, functools.partial(self._empty, f"gradient/{number}"))
             self._buckets.append(bucket)
             self._where.update({index: (bucket, slot) for slot, index in enumerate(bucket_plan.members)})
         for index in set(self._where) - self._hooked:
             parameter: Parameter = self._named[index][1]
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._ready, index)))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, index)))
             self._hooked.add(index)
 
     def _empty(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -334,16 +335,10 @@ class Replica:
                 )
 
 
-def _watch_optimizers(replica: Replica) -> None:
-    if not _replicas:
-        global _handle
-        if _handle is not None:
-            _handle.remove()
-        _handle = register_optimizer_step_pre_hook(_before_step)
-    _replicas.add(replica)
-
-
-_handle: Any = None
+@functools.cache
+def _watch_optimizers() -> None:
+    """Look at every optimizer's step from now on; once in a process."""
+    register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

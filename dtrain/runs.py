@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +27,7 @@ from dtrain.comm.base import Backend
 from dtrain.config import TrainConfig
 from dtrain.data import Loader, accumulation
 from dtrain.errors import DataError, UsageError
-from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Progress, TensorBoard
+from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Progress, TensorBoard, finite
 from dtrain.measure import summarise
 from dtrain.recipes import Recipe
 from dtrain.trainer import Trainer
@@ -77,16 +79,18 @@ class RunSpec:
             raise UsageError(f"--option {wrong[0]}: give name=value")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise UsageError(f"lr is {self.lr}: give 0 or more")
         options = {name: value for name, _, value in pairs}
         return recipes.build(self.recipe, seed=self.seed, dtype=DTYPES[self.dtype], data=self.data, **options)
 
     def train_config(self, recipe: Recipe) -> TrainConfig:
         """The trainer's part of it, with the recipe's defaults filled in."""
-        epochs = self.epochs if self.epochs or self.steps else recipe.epochs
+        neither = self.epochs is None and self.steps is None
         return TrainConfig(
-            global_batch=self.global_batch or recipe.global_batch,
+            global_batch=recipe.global_batch if self.global_batch is None else self.global_batch,
             micro_batch=self.micro_batch,
-            epochs=None if self.steps else epochs,
+            epochs=recipe.epochs if neither else self.epochs,
             steps=self.steps,
             clip_grad_norm=self.clip_grad_norm,
             amp=self.amp,
@@ -136,11 +140,14 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
         buffers = [name for name, _ in model.named_buffers()]
         _write(folder / "config.json", _asked_for(spec, config, comm, device) | {"buffers": buffers})
     resumed_step = trainer.resume(folder / "checkpoints") if spec.resume and folder else 0
+    samples_before = trainer.state.samples
     started_s = time.perf_counter()
     state = trainer.fit()
     seconds = time.perf_counter() - started_s
+    if not trainer.records:
+        raise DataError(f"nothing to train: the checkpoint is at step {resumed_step} already")
     trainer.replica.check()
-    summary = _summary(trainer, recipe, spec, seconds, resumed_step)
+    summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
     if comm.rank == 0 and folder is not None:
         checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
         _write(folder / "summary.json", summary)
@@ -210,14 +217,11 @@ def _asked_for(spec: RunSpec, config: TrainConfig, comm: Backend, device: torch.
     }
 
 
-def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, resumed_step: int) -> dict[str, Any]:
+def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, samples: int) -> dict[str, Any]:
     """The figures of a run: worker 0's typical step, everyone's beside it, and what the model has learnt."""
     state, comm = trainer.state, trainer.comm
     mine = json.dumps(summarise(trainer.records)).encode()
     workers = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/summary")]
-    if not trainer.records:
-        raise DataError(f"nothing to train: the checkpoint is at step {state.step} already")
-    steps = state.step - resumed_step
     epochs = state.epoch if trainer.config.steps is None else round(state.samples / len(recipe.train), 3)  # type: ignore[arg-type]
     step_s = sum(r["step_ms"] for r in trainer.records) / 1e3
     return {
@@ -227,18 +231,18 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, re
         "dtype": spec.dtype,
         "epochs": epochs,
         "steps": state.step,
-        "samples_per_s": steps * trainer.config.global_batch / step_s,
+        "samples_per_s": samples / step_s,
         "seconds": seconds,
         **workers[0],
         "train_loss": state.loss,
         **({"loss": state.loss} | state.metrics),
         **recipe.notes,
-        **_first_device(trainer),
+        **_first_device(trainer, workers),
         "per_worker": workers,
     }
 
 
-def _first_device(trainer: Trainer) -> dict[str, Any]:
+def _first_device(trainer: Trainer, workers: list[dict[str, float]]) -> dict[str, Any]:
     """With the update on worker 0: what its device carries more than each other one."""
     if getattr(trainer.comm.inner, "device", None) is None:
         return {}
@@ -248,20 +252,22 @@ def _first_device(trainer: Trainer) -> dict[str, Any]:
         for t in values.values()
         if isinstance(t, torch.Tensor)
     )
-    traffic = trainer.comm.traffic
-    mine = [int(state_bytes), sum(traffic.sent.values()), sum(traffic.received.values())]
-    rows = collectives.gather_numbers(trainer.comm, mine, "metric/devices")
-    steps = max(1, len(trainer.records))
-    extra = [rows[0][i] - max((row[i] for row in rows[1:]), default=0) for i in range(3)]
+    rows = collectives.gather_numbers(trainer.comm, [int(state_bytes)], "metric/devices")
+    sent, received = ([w[f"bytes_{way}_per_step"] for w in workers] for way in ("sent", "received"))
     return {
-        "device0_extra_memory_bytes": extra[0],
-        "device0_extra_bytes_sent_per_step": extra[1] / steps,
-        "device0_extra_bytes_received_per_step": extra[2] / steps,
+        "device0_extra_memory_bytes": _extra([row[0] for row in rows]),
+        "device0_extra_bytes_sent_per_step": _extra(sent),
+        "device0_extra_bytes_received_per_step": _extra(received),
     }
 
 
+def _extra(values: Sequence[float]) -> float:
+    """What the first has more than any other."""
+    return values[0] - max(values[1:], default=0)
+
+
 def _write(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def command_line() -> str:

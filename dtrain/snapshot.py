@@ -49,8 +49,8 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch, Python and NumPy."""
-    torch.manual_seed(seed)
+    """Seed torch, Python and NumPy; from a number of any size."""
+    torch.manual_seed(seed % 2**63)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

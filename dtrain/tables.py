@@ -36,10 +36,7 @@ def comparison(result: dict[str, Any]) -> str:
         "loss",
         *scores,
     ]
-    rows = [
-        [backend, *_timing(run), _number(run["loss"], 4), *(_score(run, s) for s in scores)]
-        for backend, run in runs.items()
-    ]
+    rows = [[backend, *_timing(run), _loss(run), *(_score(run, s) for s in scores)] for backend, run in runs.items()]
     return "\n".join([table(head, rows), "", verdict(result), RATIO])
 
 
@@ -70,7 +67,7 @@ def run(summary: dict[str, Any]) -> str:
         "samples/s",
         "loss",
     ]
-    row = [summary["backend"], str(summary["workers"]), *_timing(summary), _number(summary["loss"], 4)]
+    row = [summary["backend"], str(summary["workers"]), *_timing(summary), _loss(summary)]
     lines = [table([*head, *scores], [[*row, *(_score(summary, s) for s in scores)]])]
     if "device0_extra_memory_bytes" in summary:
         names = ("memory_bytes", "bytes_sent_per_step", "bytes_received_per_step")
@@ -88,10 +85,16 @@ def _timing(run: dict[str, Any]) -> list[str]:
     return [*cells, ratio, _number(run["bytes_sent_per_step"] / 1e6, 3), f"{run['samples_per_s']:.0f}"]
 
 
-def _score(run: dict[str, Any], name: str) -> str:
+def _loss(run: dict[str, Any]) -> str:
+    return _score(run, "loss", 4)
+
+
+def _score(run: dict[str, Any], name: str, digits: int = 3) -> str:
     if name not in run:
         return "-"
-    return f"{100 * run[name]:.2f} %" if name == "accuracy" else _number(run[name], 3)
+    if run[name] is None:  # as a file has it, where a number was not finite
+        return "nan"
+    return f"{100 * run[name]:.2f} %" if name == "accuracy" else _number(run[name], digits)
 
 
 def _number(value: float | None, digits: int) -> str:

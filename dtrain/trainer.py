@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
 from dtrain.config import TrainConfig
 from dtrain.data import Loader, Micro, Step, to_device
-from dtrain.errors import DataError
+from dtrain.errors import DataError, UsageError
 from dtrain.hooks import Hook, State
 from dtrain.measure import Stopwatch, metered
 from dtrain.norm.merge import merge_statistics
@@ -63,9 +62,17 @@ class Trainer:
             scheduler: stepped once after each optimizer step.
             hooks: see `dtrain.hooks`.
             update: see `dtrain.replicate`.
+
+        Raises:
+            UsageError: `data` is the share of another worker, or of another number of them.
         """
         self.config = config
         self.comm = metered(comm or Solo())
+        if (data.rank, data.world_size) != (self.comm.rank, self.comm.world_size):
+            raise UsageError(
+                f"the Loader is that of worker {data.rank} of {data.world_size}, and this is worker {self.comm.rank} "
+                f"of {self.comm.world_size}: give it rank=comm.rank and world_size=comm.world_size"
+            )
         self.model = norm.convert(model, norm_batch=config.norm_batch, comm=self.comm)
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -74,6 +81,7 @@ class Trainer:
         """Times and bytes of this worker's steps, see `dtrain.measure.Stopwatch`."""
         self._loss = loss
         self._data = data
+        self._update_by = update
         self._hooks = list(hooks)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
@@ -90,10 +98,11 @@ class Trainer:
         while not self._over():
             for step in self._timed(self._data.epoch(self.state.epoch, self._step_in_epoch)):
                 self._train(step)
-                if self._over():
+                if self._over() and self._step_in_epoch != self._data.steps_per_epoch:
                     break
             else:
                 self._end_epoch()
+        self._average_loss()
         self._call("on_end")
         return self.state
 
@@ -104,22 +113,21 @@ class Trainer:
         position are the same, batch-norm averages are those of all workers together, and random numbers are new.
 
         Raises:
-            DataError: no checkpoint, a damaged one, or one of another model.
+            DataError: no checkpoint, a damaged one, or one of another model, optimizer or order of the samples.
         """
         saved = checkpoint.load(root, step)
         groups = saved.groups
+        position = groups["position"]
+        self._check_order(position["order"], saved.path)
         self._load_model(groups["model"], saved.path)
-        self.optimizer.load_state_dict(groups["optimizer"])
+        try:
+            self.optimizer.load_state_dict(groups["optimizer"])
+        except ValueError as error:
+            raise DataError(f"{saved.path} is of another optimizer: {error}") from error
         if self.scheduler is not None and groups["scheduler"] is not None:
             self.scheduler.load_state_dict(groups["scheduler"])
         if groups["scaler"]:
             self._scaler.load_state_dict(groups["scaler"])
-        position = groups["position"]
-        if position["global_batch"] != self.config.global_batch or position["seed"] != self.config.seed:
-            raise DataError(
-                f"{saved.path} was saved with global_batch {position['global_batch']} and seed {position['seed']}: "
-                "resume with the same, or the order of the samples changes"
-            )
         self.state.step, self.state.epoch, self.state.samples = (position[k] for k in ("step", "epoch", "samples"))
         self._step_in_epoch = position["step_in_epoch"]
         if position["world_size"] == self.comm.world_size:
@@ -166,18 +174,27 @@ class Trainer:
             if self.config.clip_grad_norm is not None:
                 self._scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+            scale = self._scaler.get_scale()
             self._scaler.step(self.optimizer)
             self._scaler.update()
+            # A smaller scale says that the gradient overflowed, and the optimizer was not stepped.
+            if self.scheduler is not None and self._scaler.get_scale() >= scale:
+                self.scheduler.step()
         self.replica.publish()
-        if self.scheduler is not None:
-            self.scheduler.step()
+        if self._update_by == "first" and self._scaler.is_enabled():
+            self._share_scale()
         self.optimizer.zero_grad()
+
+    def _share_scale(self) -> None:
+        """Where worker 0 updates for all, it alone knows the scale of the next loss."""
+        scale = self._scaler.get_scale() if self.comm.rank == 0 else 0.0
+        self._scaler.update(collectives.sum_numbers(self.comm, [scale], "metric/scale")[0])
 
     def _timed(self, steps: Iterable[Step]) -> Iterable[Step]:
         """The steps of an epoch, with the stopwatch started before each is fetched."""
         iterator = iter(steps)
         while True:
-            self._watch.begin(precise=(self.state.step + 1) % self.config.log_every == 0)
+            self._watch.begin(precise=self._is_recorded(self.state.step + 1))
             with self._watch.phase("data"):
                 step = next(iterator, None)
                 if step is None:
@@ -188,13 +205,21 @@ class Trainer:
     def _record(self) -> None:
         self.records.append(self._watch.end())
         self.state.record = None
-        if self.state.step % self.config.log_every and not self._over():
+        if not self._is_recorded(self.state.step):
             return
-        total, samples = collectives.sum_numbers(self.comm, self._lost.tolist(), "metric/loss")
-        self._lost.zero_()
-        self.state.loss = total / samples if samples else math.nan
+        self._average_loss()
         rate = self.optimizer.param_groups[0]["lr"]
         self.state.record = {"loss": self.state.loss, "lr": float(rate), **self.records[-1]}
+
+    def _is_recorded(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.state.steps
+
+    def _average_loss(self) -> None:
+        """`state.loss` over all workers' samples since the last time; as it was where there are none."""
+        total, samples = collectives.sum_numbers(self.comm, self._lost.tolist(), "metric/loss")
+        self._lost.zero_()
+        if samples:
+            self.state.loss = total / samples
 
     # -- the course of a run ------------------------------------------------------------------------------------------
 
@@ -238,11 +263,23 @@ class Trainer:
                 "samples": self.state.samples,
                 "step_in_epoch": self._step_in_epoch,
                 "world_size": self.comm.world_size,
-                "global_batch": self.config.global_batch,
-                "seed": self.config.seed,
+                "order": self._order(),
             },
         }
         return groups | {f"worker-{rank}": part for rank, part in enumerate(own)}
+
+    def _order(self) -> dict[str, int | None]:
+        """What decides which samples a step has."""
+        data = self._data
+        return {"global_batch": data.global_batch, "seed": data.seed, "num_samples": data.num_samples}
+
+    def _check_order(self, saved: dict[str, int | None], path: Path) -> None:
+        for name, here in self._order().items():
+            if saved[name] != here:
+                raise DataError(
+                    f"{path} was saved with {name} {saved[name]}, and here it is {here}: resume with the same, or the "
+                    "order of the samples changes"
+                )
 
     def _load_model(self, tensors: dict[str, Tensor], path: Path) -> None:
         own = self.model.state_dict()

@@ -8,12 +8,12 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import stat
 import struct
 import subprocess
-import tempfile
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -73,7 +73,8 @@ def load_quietly(root: Path, step: int | None = None) -> checkpoint.Checkpoint:
 
 @pytest.mark.parametrize("tree", [
     {}, [], (), None, True, 0, -1, 2**53, 2**53 + 1, -(2**64), [10**5000],
-    1.5, -0.0, 5e-324, math.inf, -math.inf, math.nan, "", "é\0\U0001f600", "$tensor", {"$tensor": "w"}, {"$dict": []}, {"$": 1}, [[], ()], ((),),
+    1.5, -0.0, 5e-324, math.inf, -math.inf, math.nan,
+    "", "é\0\U0001f600", "$tensor", {"$tensor": "w"}, {"$dict": []}, {"$": 1}, [[], ()], ((),),
     {1: "a", "1": "b"}, {-3: {2**70: None}}, {True: 1, 2: 3}, {"a.b": 1, "": {"": 0}},
     collections.Counter({3: 1, "x": 2}), random.Random(5).getstate(),
 ])  # fmt: skip
@@ -98,7 +99,12 @@ def test_views_shared_and_lazy_tensors(tmp_path):
     tree = {
         "tied": [base, base, base.view(-1)],
         "views": (base.t(), base[1:3, ::2], base[0], torch.tensor(1.0).expand(5)),
-        "lazy": [z, z.imag, torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)],
+        "lazy": [
+            z,
+            z.imag,
+            torch._neg_view(torch.ones(3)),
+            torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        ],
         "empty": [base[:0], base[:0]],
         "param": nn.Parameter(base.clone()),
     }
@@ -128,13 +134,7 @@ def test_the_file_of_a_model_has_its_names(tmp_path):
 
 def test_subclasses_come_back_plain(tmp_path):
     numpy = pytest.importorskip("numpy")
-    tree = [
-        collections.OrderedDict(b=1, a=2),
-        numpy.float64(0.1),
-        torch.Size([2, 3]),
-        stat.filemode,
-        errno.EIO,
-    ][:3]
+    tree = [collections.OrderedDict(b=1, a=2), numpy.float64(0.1), torch.Size([2, 3])]
     assert same(round_trip(tmp_path, tree), [{"b": 1, "a": 2}, 0.1, (2, 3)])
 
 
@@ -305,7 +305,7 @@ def test_nothing_there(tmp_path):
             call(tmp_path / "file")
 
 
-def test_other_names_are_left_alone(tmp_path):
+def test_other_names_are_left_alone(tmp_path, caplog):
     others = [
         "step-",
         "step-01",
@@ -328,6 +328,7 @@ def test_other_names_are_left_alone(tmp_path):
     assert checkpoint.steps(tmp_path) == [2]
     assert checkpoint.load(tmp_path).step == 2  # and no warning
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "step-2", "step-3.tmp-0123456789abcdef"])
+    assert caplog.text == ""
 
 
 def test_leftovers_are_removed_by_the_next_save(tmp_path):
@@ -354,6 +355,24 @@ def test_write_and_commit_are_two(tmp_path):
         checkpoint.commit(tmp_path)
     with pytest.raises(DataError, match=r"step-9/manifest\.json: cannot be read: No such file"):
         checkpoint.commit(tmp_path / "step-9")
+
+
+def test_what_write_leaves_is_durable(tmp_path):
+    """With several writers, the one who commits relies on it."""
+    root = tmp_path / "root"
+    root.mkdir()
+    with Disk(root) as disk:
+        checkpoint.write(root, 3, state(3))
+    lay_out(disk.history[-1][1], tmp_path / "after")
+    checkpoint.commit(tmp_path / "after" / "step-3")
+    assert same(checkpoint.load(tmp_path / "after").groups, state(3))
+
+
+def test_what_cannot_be_removed_is_no_error(tmp_path, caplog):
+    with mock.patch.object(checkpoint, "_prune", side_effect=PermissionError("not yours")):
+        checkpoint.save(tmp_path, 1, state(1))
+    assert "old checkpoints could not be removed: not yours" in caplog.text
+    assert checkpoint.load(tmp_path).step == 1
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -514,7 +533,7 @@ def test_killed_anywhere(tmp_path, name):
         assert value_at(root) == 9
         assert len(checkpoint.steps(root)) == len(os.listdir(root)) <= 2
         shutil.rmtree(root)
-    assert n > 15
+    assert n > 10
     assert value_at(root, step) == value
     assert (old, old_at_step) in seen
 
@@ -540,7 +559,7 @@ def test_error_anywhere(tmp_path, name):
         if not reached:
             break
         shutil.rmtree(root)
-    assert outcomes[True] > 15
+    assert outcomes[True] > 10
 
 
 # --- a power cut: what was not synced may be gone
@@ -734,53 +753,40 @@ def test_disk_full(tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_read_only_root():
-    """Root may write anywhere, so a child gives that up first."""
-    root = Path(tempfile.mkdtemp())  # not below tmp_path, which only its owner may enter
-    try:
-        checkpoint.save(root, 1, state(1))
-        root.chmod(0o555)
+def as_nobody(root: Path, function) -> str:
+    """`function(root)` in a child without root's rights. It goes there first: the way may be closed to others."""
 
-        def save_as_nobody():
-            if os.geteuid() == 0:
-                os.setuid(65534)
-            return save_and_report(root, 2, state(2))
+    def run() -> str:
+        os.chdir(root.parent)
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        return function(Path(root.name))
 
-        answer = in_child(save_as_nobody)
-        if answer == "saved":
-            pytest.skip("this user may write into a read-only directory")
-        assert answer.startswith(f"DataError: {root}/step-2.tmp-")
-        assert answer.endswith("cannot write the checkpoint: Permission denied")
-        root.chmod(0o755)
-        assert os.listdir(root) == ["step-1"]
-        assert same(checkpoint.load(root).groups, state(1))
-    finally:
-        root.chmod(0o755)
-        shutil.rmtree(root)
+    root.parent.chmod(0o755)
+    return in_child(run)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_unreadable(tmp_path):
-    root = Path(tempfile.mkdtemp())
-    try:
-        root.chmod(0o755)
-        checkpoint.save(root, 1, state(1))
+def test_read_only_root(tmp_path):
+    root = tmp_path / "root"
+    checkpoint.save(root, 1, state(1))
+    root.chmod(0o555)
+    answer = as_nobody(root, lambda root: save_and_report(root, 2, state(2)))
+    root.chmod(0o755)
+    assert re.fullmatch(r"DataError: root/step-2\.tmp-\w+: cannot write the checkpoint: Permission denied", answer)
+    assert os.listdir(root) == ["step-1"]
+    assert same(checkpoint.load(root).groups, state(1))
 
-        def load_as_nobody():
-            if os.geteuid() == 0:
-                os.setuid(65534)
-            (root / "step-1").chmod(0) if os.geteuid() != 65534 else None
-            return f"loaded {checkpoint.load(root).step}"
 
-        answer = in_child(load_as_nobody)
-        if answer == "loaded 1":
-            pytest.skip("this user may read everything")
-        assert answer.startswith("DataError")
-        assert "step-1: cannot be opened as a directory: Permission denied" in answer
-    finally:
-        (root / "step-1").chmod(0o700)
-        shutil.rmtree(root)
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_unreadable_directory(tmp_path):
+    root = tmp_path / "root"
+    path = checkpoint.save(root, 1, state(1))
+    path.chmod(0)
+    answer = as_nobody(root, lambda root: str(checkpoint.load(root)))
+    path.chmod(0o700)
+    assert answer.startswith("DataError: root: no valid checkpoint: root/step-1: ")
+    assert answer.endswith("cannot be opened as a directory: Permission denied")
 
 
 # --- damage
@@ -859,6 +865,13 @@ def test_any_flipped_bit_is_seen(tmp_path, file):
             checkpoint.load(tmp_path, 1)
         flip(path, bit)
     assert same(checkpoint.load(tmp_path, 1).groups, state(1))
+
+
+def test_large_commit_file_is_not_read(tmp_path):
+    path = checkpoint.save(tmp_path, 1, state(1)) / "COMMIT.json"
+    path.write_bytes(path.read_bytes() + b" " * 4096)
+    with pytest.raises(DataError, match=r"COMMIT\.json: \d+ bytes, at most 4096 expected"):
+        checkpoint.load(tmp_path)
 
 
 def test_all_damaged(tmp_path):
@@ -952,13 +965,14 @@ def test_forged_manifest(tmp_path, change, says):
         checkpoint.load(tmp_path)
 
 
-def test_forged_depth(tmp_path):
+@pytest.mark.parametrize("depth", [500, 900])
+def test_forged_depth(tmp_path, depth):
     def change(manifest):
         manifest["groups"]["g"]["structure"] = "HERE"
-        return json.dumps(manifest).replace('"HERE"', "[" * 900 + "]" * 900)
+        return json.dumps(manifest).replace('"HERE"', "[" * depth + "]" * depth)
 
     forge(tmp_path, change)
-    with pytest.raises(DataError, match="nested too deep|not the JSON|does not know"):
+    with pytest.raises(DataError, match=r"nested too deep|not the JSON|does not know"):
         checkpoint.load(tmp_path)
 
 
@@ -1002,3 +1016,6 @@ def test_load_tensors_of_something_else(tmp_path, content):
         checkpoint.load_tensors(tmp_path / "x")
     with pytest.raises(DataError, match="y: cannot be read: No such file"):
         checkpoint.load_tensors(tmp_path / "y")
+    os.mkfifo(tmp_path / "z")
+    with pytest.raises(DataError, match="z: not a regular file"):
+        checkpoint.load_tensors(tmp_path / "z")

@@ -6,9 +6,12 @@ where it has, new groups are made beside it and the default group is left alone.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
+import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -17,8 +20,11 @@ from torch import Tensor
 
 from dtrain.comm import collectives
 from dtrain.comm.base import LANES, Traffic, Work, check_flat, lane_of
-from dtrain.comm.peers import Peer, suspects
+from dtrain.comm.peers import Board, Peer, suspects
 from dtrain.errors import CommError, ConnectError
+
+_LOOK_S = 1.5
+"""How long to look for the one to blame before an error is raised without it."""
 
 
 class AllReduce:
@@ -43,11 +49,11 @@ class AllReduce:
         self.rank = rank
         self.world_size = world_size
         self.traffic = Traffic()
-        self._store = store
-        self._timeout_s = timeout_s
+        self._board = Board(store)
         self._owns_default = not dist.is_initialized()
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._closed = False
+        atexit.register(self._at_exit)
         timeout = timedelta(seconds=timeout_s)
         try:
             if self._owns_default:
@@ -64,7 +70,12 @@ class AllReduce:
             self.close()
             raise ConnectError(f"worker {rank} could not join the process group: {_first_line(error)}") from error
         mine = Peer(socket.gethostname(), os.getpid())
-        self.peers = [Peer.decode(data) for data in collectives.gather_bytes(self, mine.encode())]
+        self.peers: list[Peer] = []
+        try:
+            self.peers = [Peer.decode(data) for data in collectives.gather_bytes(self, mine.encode())]
+        except CommError:
+            self.close()
+            raise
 
     def empty(self, numel: int, dtype: torch.dtype, key: str, device: torch.device | str = "cpu") -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
@@ -83,6 +94,7 @@ class AllReduce:
         if self._closed:
             return
         self._closed = True
+        self._say_goodbye(sys.exc_info()[1])
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
             if self._owns_default and dist.is_initialized():
                 dist.destroy_process_group()
@@ -91,20 +103,41 @@ class AllReduce:
                     dist.destroy_process_group(group)
         self._groups = {}
 
+    def _at_exit(self) -> None:
+        # No more than this: to take groups apart can block where the other workers are in trouble.
+        self._say_goodbye(getattr(sys, "last_value", None))
+
+    def _say_goodbye(self, error: BaseException | None) -> None:
+        """Tell the others that this worker has left, and why if an error made it."""
+        atexit.unregister(self._at_exit)
+        ended = error is None or isinstance(error, SystemExit)
+        reason = "has left" if ended else f"failed with {type(error).__name__}: {error}"
+        self._board.note("left", self.rank, reason[:1000])
+
     def _explain(self, error: RuntimeError, key: str) -> CommError:
         """The library says which address closed; find out which worker that was, and tell the others first."""
-        named = suspects(getattr(self, "peers", []), self.rank)
-        text = named or f"a worker does not answer ({_first_line(error)})"
-        return CommError(f"worker {self.rank}, all-reduce of {key}: {self._first_to_say(text)}")
+        text = self._culprit() or f"a worker does not answer ({_first_line(error)})"
+        return CommError(f"worker {self.rank}, all-reduce of {key}: {self._board.first(text)}")
 
-    def _first_to_say(self, text: str) -> str:
-        """What the first worker to see the fault said: later ones would blame whoever ended because of it."""
-        if self._store is None:
-            return text
-        try:
-            return self._store.compare_set("fault", "", text).decode() or text
-        except RuntimeError:
-            return text
+    def _culprit(self) -> str:
+        """Who is dead, stopped, has left, or is late. A process that ends closes its connections a while before."""
+        self._board.note("waits", self.rank)
+        others = [r for r in range(self.world_size) if r != self.rank]
+        until = time.monotonic() + _LOOK_S
+        while True:
+            left = self._board.noted("left", self.world_size)
+            named = suspects(self.peers, self.rank)
+            if any(r in left for r in others):
+                return "; ".join(f"{self._name(r)} {left[r]}; others waited for it" for r in others if r in left)
+            if named or time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        waits = self._board.noted("waits", self.world_size)
+        late = [] if named or self.rank not in waits else [r for r in others if r not in waits]
+        return named or "; ".join(f"{self._name(r)} is late: alive, but no progress" for r in late)
+
+    def _name(self, rank: int) -> str:
+        return f"worker {rank} ({self.peers[rank]})" if self.peers else f"worker {rank}"
 
 
 class _Transfer:

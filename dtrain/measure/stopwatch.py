@@ -48,11 +48,11 @@ class Stopwatch:
         sent, received = (now - then for now, then in zip(_bytes(self._meter), self._traffic_at_start, strict=True))
         record = {
             "step_ms": (self._now() - self._start_s) * 1e3,
-            "exposed_comm_ms": (self._meter.blocked_s - self._blocked_at_start) * 1e3,
             "bytes_sent": float(sent),
             "bytes_received": float(received),
         }
         if self._cuda is None or self._precise:
+            record["exposed_comm_ms"] = (self._meter.blocked_s - self._blocked_at_start) * 1e3
             record |= {f"{name}_ms": seconds * 1e3 for name, seconds in self._seconds.items()}
         self._meter.precise = False
         return record

@@ -22,7 +22,7 @@ import zmq
 from torch import Tensor
 
 from dtrain.comm.base import Traffic, Work, check_flat
-from dtrain.errors import CommError, ProtocolError
+from dtrain.errors import CommError, ConnectError, ProtocolError
 from dtrain.ps import sockets, wire
 from dtrain.ps.server import error_of
 
@@ -78,11 +78,12 @@ class ParameterServer:
         self._socket = sockets.make(self._context, zmq.DEALER)
         self._watch = sockets.Watch(self._socket, address)
         self._welcomed = False
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
         try:
             self._socket.connect(address)
             self._watch.await_handshake(connect_timeout_s)
-            hello = wire.Hello(job_id, rank, world_size, net.gethostname(), os.getpid())
+            patience_ms = int(min(connect_timeout_s, 1e6) * 1000)
+            hello = wire.Hello(job_id, rank, world_size, net.gethostname(), os.getpid(), patience_ms)
             self._socket.send(wire.encode(hello))
             self._await_welcome(connect_timeout_s + _MARGIN_S)
         except BaseException:
@@ -113,19 +114,25 @@ class ParameterServer:
 
     def close(self) -> None:
         """Tell the server and leave. An error that ends the program is passed on to the other workers."""
+        self._leave(sys.exc_info()[1])
+
+    def _close_at_exit(self) -> None:
+        self._leave(getattr(sys, "last_value", None))  # what ended the program, if an error did
+
+    def _leave(self, error: BaseException | None) -> None:
         context, self._context = self._context, None
         if context is None:
             return
-        atexit.unregister(self.close)
-        last = getattr(sys, "last_value", None) or sys.exc_info()[1]
-        reason = "" if last is None or isinstance(last, SystemExit) else f"{type(last).__name__}: {last}"
+        atexit.unregister(self._close_at_exit)
+        reason = "" if error is None or isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         self._awaited.clear()
-        if self._failure is None:
+        says_bye = self._failure is None and self._watch.connected
+        if says_bye:
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.send(wire.encode(wire.Bye(reason[:1000])), zmq.NOBLOCK)
+                self._socket.send(wire.encode(wire.Bye(wire.fitting(reason, 1000))), zmq.NOBLOCK)
         self._socket.disable_monitor()
         self._watch.monitor.close(linger=0)
-        self._socket.close(linger=1000 if self._failure is None else 0)
+        self._socket.close(linger=1000 if says_bye else 0)
         context.term()
         if self._on_close is not None:
             self._on_close()
@@ -136,14 +143,15 @@ class ParameterServer:
         with self._lock:
             self._check()
             while missing.missing:
-                if not self._receive():
-                    self._block(deadline, missing.key)
+                if not self._receive() and not self._block(deadline, missing.key):
+                    silent = f"{self._server} is silent for {self._timeout_s:g} s ({missing.key})"
+                    self._fail(CommError(f"worker {self.rank}: {silent}"))
 
-    def _block(self, deadline: float, what: str) -> None:
-        """Wait for a message or for trouble."""
+    def _block(self, deadline: float, what: str) -> bool:
+        """Wait for a message or for trouble; whether there was still time."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            self._fail(CommError(f"worker {self.rank}: {self._server} is silent for {self._timeout_s:g} s ({what})"))
+            return False
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._watch.monitor, zmq.POLLIN)
@@ -151,12 +159,13 @@ class ParameterServer:
         if self._socket not in ready and self._watch.monitor in ready and self._watch.disconnected():
             self._receive()  # what came before the end, the reason for it perhaps
             self._fail(CommError(f"worker {self.rank}: {self._server} is gone while this worker waited for {what}"))
+        return True
 
     def _await_welcome(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while not self._welcomed:
-            if not self._receive():
-                self._block(deadline, "the other workers")
+            if not self._receive() and not self._block(deadline, "the other workers"):
+                self._fail(ConnectError(f"worker {self.rank}: {self._server} said nothing for {timeout_s:g} s"))
 
     def _receive(self) -> bool:
         """Take everything that has arrived; whether anything had."""
@@ -167,21 +176,31 @@ class ParameterServer:
             except zmq.Again:
                 return found
             found = True
-            self._handle(wire.decode(header.bytes), payload)
+            try:
+                self._handle(wire.decode(header.bytes), payload)
+            except ProtocolError as error:
+                self._fail(error if error is self._failure else ProtocolError(f"{self._server} sent {error}"))
 
     def _handle(self, message: wire.Message, payload: list[zmq.Frame]) -> None:
         if isinstance(message, wire.Sum) and len(payload) == 1:
-            transfer, part = self._awaited.pop((message.key, message.call, message.part))
-            dtype = str(part.dtype).removeprefix("torch.")
-            part.copy_(wire.tensor_of(payload[0].buffer, dtype, message.checksum))
-            transfer.missing -= 1
+            self._take(message, payload[0])
         elif isinstance(message, wire.Welcome):
             self._welcomed = True
             self._server = f"the server at {self.address} (pid {message.pid} on {message.host})"
         elif isinstance(message, wire.Failed):
-            self._fail(error_of(message.code, f"worker {self.rank}: {message.text}"))
+            self._fail(error_of(message.kind, f"worker {self.rank}: {message.text}"))
         elif not isinstance(message, wire.Ping):
-            self._fail(ProtocolError(f"{self._server} sent {type(message).__name__}"))
+            raise ProtocolError(f"{type(message).__name__} with {len(payload)} payloads")
+
+    def _take(self, message: wire.Sum, payload: zmq.Frame) -> None:
+        transfer, part = self._awaited.pop((message.key, message.call, message.part), (None, None))
+        if transfer is None or part is None:
+            raise ProtocolError(f"a sum nobody waits for: {message.key!r:.80}, round {message.call}")
+        came = wire.tensor_of(payload.buffer, str(part.dtype).removeprefix("torch."), message.checksum)
+        if came.numel() != part.numel():
+            raise ProtocolError(f"{came.numel()} numbers for {message.key}, which has {part.numel()}")
+        part.copy_(came)
+        transfer.missing -= 1
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtrain.comm.ordered import OrderedSum
 from dtrain.errors import CommError, ConnectError, DtrainError, LayoutError, ProtocolError, UsageError
-from dtrain.ps.wire import Add, Bye, Failed, Hello, Message, Sum, Welcome
+from dtrain.ps.wire import Add, Bye, Failed, Hello, Message, Sum, Welcome, fitting
 
 Session = bytes
 """Names one connection of one worker; random, never the rank."""
@@ -68,17 +68,19 @@ class Rounds:
         Args:
             job_id: refuse workers of another job; empty: take any.
             timeout_s: longest time that a round stays open, in seconds.
-            connect_timeout_s: longest time from `now` until all workers have joined.
+            connect_timeout_s: longest time from `now` until all workers have joined; less, if a worker that waits for
+                them is less patient.
         """
         self.world_size = world_size
         self._job_id = job_id
         self._welcome = Welcome(host, pid)
         self._timeout_s = timeout_s
-        self._connect_timeout_s = connect_timeout_s
         self._started_s = now
         self._members: dict[int, _Member] = {}
         self._ranks: dict[Session, int] = {}
         self._open: dict[_Where, _Round] = {}
+        self._join_by_s = now + connect_timeout_s
+        self._refused = ""
         self.failed: Failed | None = None
 
     @property
@@ -97,7 +99,7 @@ class Rounds:
             return [] if isinstance(message, Bye) else [Send(session, self.failed)]
         try:
             if isinstance(message, Hello):
-                return self._join(session, message)
+                return self._join(session, message, now)
             rank = self._ranks.get(session)
             if rank is None:
                 raise ProtocolError("a message before Hello")
@@ -107,8 +109,10 @@ class Rounds:
                 return self._add(rank, message, payload, now)
             raise ProtocolError(f"a worker does not send {type(message).__name__}")
         except (UsageError, ProtocolError) as error:
-            fatal = isinstance(error, LayoutError) or session in self._ranks
-            return self._fail(error, also=session) if fatal else [_refuse(session, error)]
+            if isinstance(error, LayoutError) or session in self._ranks:
+                return self._fail(error, also=session)
+            self._refused = f"; refused: {error}"
+            return [_refuse(session, error)]
 
     def refuse(self, session: Session, error: DtrainError) -> list[Send]:
         """A message that could not be read: the end of the job if a worker sent it, else of that peer alone."""
@@ -130,9 +134,9 @@ class Rounds:
         if self.failed:
             return []
         absent = self._absent(range(self.world_size))
-        if absent and now - self._started_s > self._connect_timeout_s:
-            text = f"workers {absent} of {self.world_size} have not joined within {self._connect_timeout_s:g} s"
-            return self._fail(ConnectError(text))
+        if absent and now > self._join_by_s:
+            text = f"workers {absent} of {self.world_size} have not joined within {now - self._started_s:.0f} s"
+            return self._fail(ConnectError(text + self._refused))
         for (key, call, _), round_ in self._open.items():
             if now - round_.since_s > self._timeout_s:
                 late = "; ".join(self._name(r) for r in range(self.world_size) if r not in round_.came)
@@ -140,7 +144,7 @@ class Rounds:
                 return self._fail(CommError(text))
         return []
 
-    def _join(self, session: Session, hello: Hello) -> list[Send]:
+    def _join(self, session: Session, hello: Hello, now: float) -> list[Send]:
         if hello.world_size != self.world_size:
             raise UsageError(
                 f"worker {hello.rank} (pid {hello.pid} on {hello.host}) was started with world_size "
@@ -154,6 +158,7 @@ class Rounds:
             raise UsageError(f"two workers say that they are {self._name(hello.rank)}: give each its own rank")
         self._members[hello.rank] = _Member(session, hello)
         self._ranks[session] = hello.rank
+        self._join_by_s = min(self._join_by_s, now + hello.patience_ms / 1000)
         if len(self._members) < self.world_size:
             return []
         return [Send(m.session, self._welcome) for m in self._members.values()]
@@ -194,7 +199,7 @@ class Rounds:
         return [Send(m.session, answer, round_.total.result()) for m in self._members.values()]
 
     def _fail(self, error: DtrainError, also: Session | None = None) -> list[Send]:
-        self.failed = Failed(error.exit_code, str(error)[:2000])
+        self.failed = Failed(type(error).__name__, fitting(str(error)))
         self._open.clear()
         everyone = {m.session for m in self._members.values() if m.left is None} | ({also} if also else set())
         return [Send(session, self.failed) for session in sorted(everyone)]
@@ -214,4 +219,4 @@ class Rounds:
 
 
 def _refuse(session: Session, error: DtrainError) -> Send:
-    return Send(session, Failed(error.exit_code, str(error)[:2000]))
+    return Send(session, Failed(type(error).__name__, fitting(str(error))))

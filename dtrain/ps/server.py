@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 import zmq
 
-from dtrain.errors import CommError, DtrainError, ProtocolError, UsageError
+from dtrain.errors import CommError, ConnectError, DtrainError, LayoutError, ProtocolError, UsageError
 from dtrain.ps import sockets, wire
 from dtrain.ps.rounds import Rounds, Send, Session
 
@@ -47,6 +47,7 @@ class Server:
             UsageError: the address cannot be used or is taken.
         """
         sockets.check_address(address, insecure_no_encryption=insecure_no_encryption)
+        _check_free(address)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = sockets.make(self._context, zmq.ROUTER)
         try:
@@ -145,11 +146,21 @@ class Server:
                 self._send(self._rounds.lost(send.to))
 
 
+def _check_free(address: str) -> None:
+    """ZeroMQ would take the socket's file away from a server that listens there already."""
+    url = urlparse(address)
+    if url.scheme != "ipc":
+        return
+    with net.socket(net.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.connect(url.path)
+        raise UsageError(f"cannot listen at {address}: another server does already")
+
+
 def _as_error(failed: wire.Failed) -> DtrainError:
-    return error_of(failed.code, failed.text)
+    return error_of(failed.kind, failed.text)
 
 
-def error_of(code: int, text: str) -> DtrainError:
-    """The error that stands behind an exit code."""
-    kinds: tuple[type[DtrainError], ...] = (ProtocolError, UsageError)
-    return next((kind(text) for kind in kinds if kind.exit_code == code), CommError(text))
+def error_of(kind: str, text: str) -> DtrainError:
+    """The error that was told by its name; a CommError if this side does not know the name."""
+    kinds: tuple[type[DtrainError], ...] = (ConnectError, LayoutError, ProtocolError, UsageError)
+    return {k.__name__: k for k in kinds}.get(kind, CommError)(text)

@@ -24,7 +24,7 @@ _FAILURES: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it speaks something else than ZeroMQ's protocol",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused this side's key",
 }
-_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(_FAILURES)
+_WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(_FAILURES)
 
 
 def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -89,7 +89,8 @@ class Watch:
     def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
         self.monitor = socket.get_monitor_socket(_WATCHED)
         self._address = address
-        self._connected = False
+        self.connected = False
+        """Whether a ZeroMQ peer has answered."""
 
     def await_handshake(self, timeout_s: float) -> None:
         """Return when the peer has answered as a ZeroMQ socket does.
@@ -98,6 +99,7 @@ class Watch:
             ConnectError: nobody did within the time.
             ProtocolError: somebody else lives there.
         """
+        accepted = False
         deadline = time.monotonic() + timeout_s
         failure = ""
         while (left_s := deadline - time.monotonic()) > 0:
@@ -105,11 +107,17 @@ class Watch:
                 break
             for event in self._events():
                 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self._connected = True
+                    self.connected = True
                     return
+                accepted = accepted or event == zmq.EVENT_CONNECTED
                 failure = failure or _FAILURES.get(event, "")
             if failure:
                 raise ProtocolError(f"{self._address} is not dtrain's server: {failure}")
+        if accepted:
+            raise ProtocolError(
+                f"{self._address} is not dtrain's server: it accepts connections, but has not answered as a "
+                f"ZeroMQ peer does within {timeout_s:g} s"
+            )
         raise ConnectError(f"nobody answers at {self._address} within {timeout_s:g} s: is the server started?")
 
     def disconnected(self) -> bool:

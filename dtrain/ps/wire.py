@@ -33,6 +33,7 @@ class Hello:
     world_size: int
     host: str
     pid: int
+    patience_ms: int  # how long it waits for the others
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ class Ping:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job is over. `code` is the exit code that fits."""
+    """The job is over, or this peer has no place in it. `kind` is the name of an error in `dtrain.errors`."""
 
-    code: int
+    kind: str
     text: str
 
 
@@ -89,6 +90,9 @@ _KINDS: tuple[type, ...] = (Hello, Welcome, Add, Sum, Ping, Failed, Bye)
 _TYPES: dict[str, type] = {"str": str, "int": int}
 WITH_PAYLOAD = (Add, Sum)
 
+_TEXT_BYTES = 2048
+"""Longest text in a header."""
+
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
@@ -96,6 +100,11 @@ def encode(message: Message) -> bytes:
     """The header frame of a message."""
     packed: bytes = msgpack.packb((PROTOCOL, _KINDS.index(type(message)), *astuple(message)))
     return packed
+
+
+def fitting(text: str, nbytes: int = _TEXT_BYTES) -> str:
+    """The text, cut to what a header takes."""
+    return text.encode(errors="replace")[:nbytes].decode(errors="ignore")
 
 
 def decode(header: bytes) -> Message:
@@ -108,7 +117,7 @@ def decode(header: bytes) -> Message:
         raise ProtocolError(f"a header of {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
     limits: dict[str, Any] = {"max_array_len": 16, "max_map_len": 0, "max_bin_len": 0, "max_ext_len": 0}
     try:
-        values: Any = msgpack.unpackb(header, use_list=False, max_str_len=2048, **limits)
+        values: Any = msgpack.unpackb(header, use_list=False, max_str_len=_TEXT_BYTES, **limits)
     except Exception as error:  # msgpack raises ValueError, UnicodeDecodeError and several of its own
         raise ProtocolError(f"a header that is not msgpack of this protocol ({type(error).__name__})") from error
     if not isinstance(values, tuple) or len(values) < 2 or type(values[0]) is not int:

@@ -1,0 +1,75 @@
+"""On CUDA: gradients, batch norm and the update on the first device. Skipped where there is none."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dtrain
+from dtrain.data import cut
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a CUDA device for each worker")
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(1), nn.Linear(144, 10)).double()
+
+
+def train(comm, model, device, update="all"):
+    model = dtrain.norm.convert(model.to(device), comm=comm)
+    replica = dtrain.replicate(model, comm, bucket_mb=0.001, update=update)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(13, 1, 8, 8, generator=generator, dtype=torch.float64).to(device)
+        y = torch.randint(0, 10, (13,), generator=generator).to(device)
+        mine = cut(13, comm.rank, comm.world_size)
+        optimizer.zero_grad()
+        replica.backward(F.cross_entropy(model(x[mine]), y[mine]), samples=len(y[mine]), total=13)
+        if replica.updates:
+            optimizer.step()
+        replica.publish()
+    replica.check()
+    return [p.detach().cpu() for p in model.parameters()]
+
+
+def on_first_device(comm):
+    return train(comm, make_model(), "cuda:0")
+
+
+def on_own_device(comm):
+    return train(comm, make_model(), f"cuda:{comm.rank}")
+
+
+def assert_like_one(results):
+    alone = dtrain.run(on_first_device, workers=1, backend="solo")[0]
+    for weights in results:
+        for here, there in zip(weights, alone, strict=True):
+            torch.testing.assert_close(here, there, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["threads", "ps"])
+def test_two_workers_on_one_device_equal_one(backend):
+    assert_like_one(dtrain.run(on_first_device, workers=2, backend=backend))
+
+
+@several
+def test_nccl_equals_one():
+    assert_like_one(dtrain.run(on_own_device, workers=2, backend="allreduce"))
+
+
+def test_update_on_the_first_device_equals_one():
+    devices = [f"cuda:{i % torch.cuda.device_count()}" for i in range(2)]
+    model = make_model()
+
+    def body(comm):
+        return train(comm, copy.deepcopy(model), comm.device, update="first")
+
+    assert_like_one(dtrain.run(body, workers=2, backend="threads", devices=devices))
