@@ -15,10 +15,7 @@ is touched before its successor is committed.
 A step that is saved again goes to `step-120.1`, then `step-120.2`: once committed, the higher number replaces
 the lower. No committed directory ever moves aside, so at no moment is there no checkpoint of that step.
 
-A tree may hold None, bool, int of any size, float (inf and nan too), str, list, tuple, dict with str or int
-keys, Counter, and dense tensors of the types in `_DTYPES`. Values come back exactly; tensors on the CPU,
-contiguous, each with memory of its own (tied weights are stored twice), without requires_grad. A subclass
-(OrderedDict, namedtuple, numpy.float64, IntEnum) comes back as the plain type that it extends.
+`dtrain.trees` says what a group may hold. Tied weights are stored twice.
 
 Errors: DataError for what is wrong with a file, the disk or a value; UsageError for arguments. POSIX only.
 """
@@ -30,25 +27,21 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import secrets
 import shutil
 import stat
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from dtrain import trees
 from dtrain.errors import DataError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -56,18 +49,9 @@ _log = logging.getLogger(__name__)
 _FORMAT, _VERSION = "dtrain.checkpoint", 1
 _MANIFEST, _COMMIT = "manifest.json", "COMMIT.json"
 _COMMIT_MAX_BYTES = 4096
-_MAX_DEPTH = 64
-_EXACT_INT = 2**53  # other JSON readers round beyond it, and Python's stops at 4300 digits: hex text there
 _STEP_DIR = re.compile(r"step-(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")
 _TMP_DIR = re.compile(r"step-[0-9]+(?:\.[0-9]+)?\.tmp-[0-9a-f]{16}")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # a pair of them would come back from JSON as one character
-
-# What safetensors both writes and reads: 0.8.0 writes float8_e8m0fnu and then cannot read it.
-_DTYPES = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
-_DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
-_DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64}
-_DTYPES |= {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 
 
 @dataclass(frozen=True)
@@ -179,12 +163,12 @@ def steps(root: Path) -> list[int]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes one safetensors file: `path` holds its old content or all of the new; on disk on return."""
-    _replace(Path(path), _to_bytes(dict(tensors), Path(path).name))
+    _replace(Path(path), trees.to_bytes(dict(tensors), Path(path).name))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads one safetensors file onto the CPU. A file on its own has no hash; the order may change."""
-    return _from_bytes(_read(Path(path)), Path(path))
+    return trees.from_bytes(_read(Path(path)), Path(path))
 
 
 # --- directories: names, leftovers, the lock
@@ -388,8 +372,8 @@ def _dumps(value: object) -> bytes:
 def _write_group(directory: Path, name: str, tree: object) -> dict[str, Any]:
     """Writes one group's tensors; returns its entry of the manifest."""
     tensors: dict[str, Tensor] = {}
-    structure = _encode(tree, (name,), tensors)
-    data = _to_bytes(tensors, name)
+    structure = trees.encode(tree, (name,), tensors)
+    data = trees.to_bytes(tensors, name)
     _write_file(directory / f"{name}.safetensors", data)
     return {**_digest(data), "structure": structure}
 
@@ -399,9 +383,9 @@ def _load_directory(path: Path) -> dict[str, Any]:
         groups = {}
         for name, entry in _read_manifest(path, dir_fd).items():
             file = path / f"{name}.safetensors"
-            tensors = _from_bytes(_read_checked(file, dir_fd, entry, _MANIFEST), file)
+            tensors = trees.from_bytes(_read_checked(file, dir_fd, entry, _MANIFEST), file)
             try:
-                groups[name] = _decode(entry["structure"], tensors, path / _MANIFEST)
+                groups[name] = trees.decode(entry["structure"], tensors, path / _MANIFEST)
             except RecursionError:
                 raise DataError(f"{path / _MANIFEST}: group {name!r} is nested too deep") from None
             if tensors:
@@ -451,109 +435,3 @@ def _check_fields(node: object, file: Path, **kinds: type) -> None:
     for name, kind in kinds.items():
         if kind is not object and type(node[name]) is not kind:
             raise DataError(f"{file}: {name}: {node[name]!r} is not of type {kind.__name__}")
-
-
-# --- trees <-> JSON and tensors
-#
-# None, bool, str, small int, finite float and list are themselves; so is a dict whose keys are all str, none
-# with a leading "$". The rest are objects with one key: {"$tensor": name}, {"$int": "-0x1f"},
-# {"$float": "nan"}, {"$tuple": [...]}, {"$dict": [[key, value], ...]}, {"$counter": [[key, value], ...]}.
-
-
-def _encode(value: object, where: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """The JSON for a value; its tensors go to `tensors` under names such as "state.0.exp_avg"."""
-    if len(where) > _MAX_DEPTH:
-        raise DataError(f"{'.'.join(where)}: nested deeper than {_MAX_DEPTH}, or a cycle")
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        if _SURROGATE.search(value):
-            raise DataError(f"{'.'.join(where)}: {value!r} holds a lone surrogate, which is not text")
-        return value
-    if isinstance(value, int):
-        return value if abs(value) <= _EXACT_INT else {"$int": hex(value)}
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": repr(float(value))}
-    if isinstance(value, Tensor):
-        name = ".".join(where[1:]) or "tensor"
-        while name in tensors or name == "__metadata__":  # the second is the format's own
-            name += "_"
-        tensors[name] = value
-        return {"$tensor": name}
-    if isinstance(value, (list, tuple)):
-        items = [_encode(item, (*where, str(index)), tensors) for index, item in enumerate(value)]
-        return {"$tuple": items} if isinstance(value, tuple) else items
-    if isinstance(value, dict):
-        return _encode_dict(value, where, tensors)
-    raise DataError(
-        f"{'.'.join(where)}: cannot store a {type(value).__module__}.{type(value).__qualname__}; "
-        "use tensors, numbers, str, bool, None, and lists, tuples or dicts of them"
-    )
-
-
-def _encode_dict(value: dict[Any, Any], where: tuple[str, ...], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    pairs = []
-    for key, item in value.items():
-        if not isinstance(key, (str, int)):
-            raise DataError(f"{'.'.join(where)}: the key {key!r} is neither str nor int")
-        pairs.append([_encode(key, where, tensors), _encode(item, (*where, str(key)), tensors)])
-    if isinstance(value, Counter):
-        return {"$counter": pairs}
-    if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return dict(pairs)
-    return {"$dict": pairs}
-
-
-def _decode(node: Any, tensors: dict[str, Tensor], file: Path) -> Any:
-    """Inverse of `_encode`; takes the tensors that it uses out of `tensors`."""
-    if isinstance(node, list):
-        return [_decode(item, tensors, file) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if not any(key.startswith("$") for key in node):
-        return {key: _decode(item, tensors, file) for key, item in node.items()}
-    try:
-        ((tag, body),) = node.items()
-        return _decode_tag(tag, body, tensors, file)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as exc:
-        raise DataError(f"{file}: bad node {str(node)[:80]}: {exc!r}") from None
-
-
-def _decode_tag(tag: str, body: Any, tensors: dict[str, Tensor], file: Path) -> Any:
-    if tag == "$tensor":
-        return tensors.pop(body)
-    if tag == "$int":
-        return int(body, 16)
-    if tag == "$float":
-        return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[body]
-    items = _decode(body, tensors, file)
-    if tag not in ("$tuple", "$dict", "$counter") or not isinstance(items, list):
-        raise ValueError("unknown tag or no list")
-    if tag == "$tuple":
-        return tuple(items)
-    pairs = dict(items)
-    if len(pairs) != len(items) or not all(isinstance(key, (str, int)) for key in pairs):
-        raise ValueError("keys repeat, or are neither str nor int")
-    return Counter(pairs) if tag == "$counter" else pairs
-
-
-def _to_bytes(tensors: dict[str, Tensor], where: str) -> bytes:
-    """A safetensors file with these tensors. Memory: one copy of them all, and of those to be cloned."""
-    plain: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
-            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise DataError(f"{where}: {name}: cannot store a tensor of {kind}; convert it first")
-        dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-        storage = dense.untyped_storage().data_ptr()
-        plain[name] = dense.clone() if storage in storages else dense
-        storages.add(storage)
-    return safetensors.torch.save(plain)
-
-
-def _from_bytes(data: bytes, file: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, LookupError, ValueError, RuntimeError, AssertionError) as exc:
-        raise DataError(f"{file}: not a safetensors file that can be read: {exc!r}") from None

@@ -25,10 +25,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dtrain import checkpoint
+from dtrain import checkpoint, trees
 from dtrain.errors import DataError, UsageError
 
-DTYPES = sorted(checkpoint._DTYPES, key=str)
+DTYPES = sorted(trees.DTYPES, key=str)
 
 
 def state(value: int) -> dict[str, object]:

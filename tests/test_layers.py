@@ -26,6 +26,7 @@ FLOORS = [
     {"recipes", "measure", "largebatch", "norm", "ps"},
     {"comm"},
     {"checkpoint", "buckets", "data", "processes"},
+    {"trees"},
     {"config", "tables"},
     {"env"},
     {"errors"},
