@@ -1,8 +1,8 @@
-"""Parameters <-> flat buffers, in the order in which backward yields their gradients.
+"""Parameters <-> messages, in the order in which backward yields their gradients.
 
-Many small messages are slow, and one large one cannot start before backward ends. So gradients are laid side by side
-in buckets of a few megabytes, the last layers' first, and a bucket travels as soon as it is full (Li et al. 2020,
-"PyTorch Distributed", section 3.2.3).
+Many small messages are slow, and one large one cannot start before backward ends. So small gradients are laid side by
+side in buckets, the last layers' first, and a bucket travels as soon as it is full (Li et al. 2020, "PyTorch
+Distributed", section 3.2.3). A large gradient travels by itself, from where autograd has put it: no copy.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from dtrain.errors import UsageError
 
 Named = Sequence[tuple[str, Parameter]]
 
+Empty = Callable[[int, torch.dtype, torch.device], Tensor]
+"""Makes a flat buffer, from number of elements, type and device."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Which parameters share a bucket: positions in the list of parameters, in the order of the buffer."""
+    """Which parameters travel in one message: positions in the list of parameters, in the order of the buffer."""
 
     members: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    direct: bool = False
+    """One large gradient, sent from where it lies."""
 
 
 def describe(named: Sequence[tuple[str, Tensor]]) -> list[str]:
@@ -33,12 +38,13 @@ def describe(named: Sequence[tuple[str, Tensor]]) -> list[str]:
     return [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in named]
 
 
-def plan(named: Named, *, bucket_bytes: int, first_bytes: int) -> list[Plan]:
-    """Cut the trainable parameters, last to first, into buckets of one type and device.
+def plan(named: Named, *, bucket_bytes: int, first_bytes: int, direct_bytes: int = 0) -> list[Plan]:
+    """Cut the trainable parameters, last to first, into messages of one type and device; the last is a bucket.
 
     Args:
-        bucket_bytes: a bucket is closed when it has reached this size; a larger tensor has one to itself.
+        bucket_bytes: a bucket is closed when it has reached this size; a tensor as large has one to itself.
         first_bytes: the same for the first bucket, which should leave early.
+        direct_bytes: a gradient of this size or more travels by itself; 0: none does.
 
     Raises:
         UsageError: a parameter whose gradient cannot be summed (a complex one).
@@ -53,63 +59,69 @@ def plan(named: Named, *, bucket_bytes: int, first_bytes: int) -> list[Plan]:
         if parameter.is_complex():
             raise UsageError(f"{name} is complex: gradients of complex parameters are not supported; use two real ones")
         kind = (parameter.dtype, parameter.device)
+        nbytes = parameter.numel() * parameter.element_size()
+        if nbytes >= direct_bytes > 0:
+            plans.append(Plan((index,), *kind, direct=True))
+            continue
+        if nbytes >= bucket_bytes and kind in open_:
+            plans.append(Plan(tuple(open_.pop(kind)), *kind))
+            sizes[kind] = 0
         open_.setdefault(kind, []).append(index)
-        sizes[kind] = sizes.get(kind, 0) + parameter.numel() * parameter.element_size()
+        sizes[kind] = sizes.get(kind, 0) + nbytes
         if sizes[kind] >= (bucket_bytes if plans else min(first_bytes, bucket_bytes)):
             plans.append(Plan(tuple(open_.pop(kind)), *kind))
             sizes[kind] = 0
     plans += [Plan(tuple(members), *kind) for kind, members in open_.items()]
+    if plans and plans[-1].direct:
+        plans.append(Plan((), plans[-1].dtype, plans[-1].device))
     return plans
 
 
-class Bucket:
-    """A flat buffer of gradients, followed by one element a parameter that counts the workers which used it."""
+class Message:
+    """Gradients that travel together. See `Bucket` and `Direct`."""
 
-    def __init__(self, plan: Plan, named: Named, empty: Callable[[int, torch.dtype, torch.device], Tensor]) -> None:
+    flat: Tensor
+    """What travels; set when the message is sealed, at the latest."""
+
+    def __init__(self, plan: Plan, named: Named) -> None:
         """
         Args:
             named: the list that the plan's positions refer to.
-            empty: makes the buffer, from number of elements, type and device.
         """
-        parameters = [named[i][1] for i in plan.members]
-        sizes = [p.numel() for p in parameters]
+        self.members = plan.members
         self.names = [named[i][0] for i in plan.members]
-        self.parameters = parameters
-        self.flat = empty(sum(sizes) + len(sizes), plan.dtype, plan.device)
-        *parts, self._users = self.flat.split([*sizes, len(sizes)])
-        self._views = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
-        self._missing = set(range(len(sizes)))
+        self.parameters = [named[i][1] for i in plan.members]
+        self._missing = set(range(len(plan.members)))
 
     @property
     def full(self) -> bool:
         return not self._missing
 
+    @property
+    def missing_members(self) -> list[int]:
+        """Positions of the parameters that no gradient has come for."""
+        return [self.members[slot] for slot in self._missing]
+
     @torch.no_grad()
     def put(self, slot: int, scale: float) -> None:
-        """Take a parameter's gradient in, times `scale`; `.grad` becomes a view of the buffer.
+        """Take a parameter's gradient in, times `scale`.
 
         Raises:
             UsageError: a sparse gradient, or the second one in a backward.
         """
-        parameter, view = self.parameters[slot], self._views[slot]
-        gradient = parameter.grad
+        gradient = self.parameters[slot].grad
         if slot not in self._missing:
             raise UsageError(f"{self.names[slot]} received two gradients in one backward: call backward once for each")
         if gradient is None:
-            view.zero_()
             return
         if gradient.layout is not torch.strided:
             raise UsageError(f"{self.names[slot]} has a sparse gradient: build the layer with sparse=False")
         self._missing.remove(slot)
-        if gradient.data_ptr() == view.data_ptr() and gradient.shape == view.shape:
-            view.mul_(scale)
-        else:
-            torch.mul(gradient, scale, out=view)
-        parameter.grad = view
+        self._take(slot, gradient, scale)
 
     @torch.no_grad()
     def seal(self, scale: float) -> list[int]:
-        """Make the buffer ready to travel: what no gradient came for holds what `.grad` has, or zero.
+        """Make the message ready to travel: what no gradient came for holds what `.grad` has, or zero.
 
         Returns:
             Slots that have no gradient on this worker.
@@ -117,19 +129,78 @@ class Bucket:
         for slot in sorted(self._missing):
             self.put(slot, scale)
         absent = sorted(self._missing)
-        self._users.fill_(1)
         for slot in absent:
-            self._users[slot] = 0
+            self._blank(slot)
         return absent
 
-    def settle(self, absent: Sequence[int]) -> None:
-        """After the sum: parameters that only other workers used get their gradient; those nobody used have none."""
-        used = self._users.tolist() if absent else []
-        for slot in absent:
-            if used[slot]:
-                self.parameters[slot].grad = self._views[slot]
+    def reset(self) -> None:
+        """Be ready for the next backward."""
         self._missing = set(range(len(self.parameters)))
 
-    def reset(self) -> None:
-        """Forget a backward that did not end."""
-        self._missing = set(range(len(self.parameters)))
+    def grant(self, slot: int) -> None:
+        """Give a parameter that only other workers used its gradient, after the sum."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Leave the memory to a transfer that nobody waits for any more."""
+        for parameter in self.parameters:
+            inside = self.flat.data_ptr() <= _address(parameter.grad) < self.flat.data_ptr() + self.flat.nbytes
+            if inside and parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+
+    def _take(self, slot: int, gradient: Tensor, scale: float) -> None:
+        raise NotImplementedError
+
+    def _blank(self, slot: int) -> None:
+        raise NotImplementedError
+
+
+class Bucket(Message):
+    """Small gradients side by side in a flat buffer; `.grad` becomes a view of it."""
+
+    def __init__(self, plan: Plan, named: Named, empty: Empty, *, flags: int = 0) -> None:
+        """
+        Args:
+            flags: number of elements to leave at the end of the buffer, for `flags`.
+        """
+        super().__init__(plan, named)
+        sizes = [p.numel() for p in self.parameters]
+        self.flat = empty(sum(sizes) + flags, plan.dtype, plan.device)
+        *parts, self.flags = self.flat.split([*sizes, flags])
+        self._views = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def grant(self, slot: int) -> None:
+        self.parameters[slot].grad = self._views[slot]
+
+    def _take(self, slot: int, gradient: Tensor, scale: float) -> None:
+        view = self._views[slot]
+        if gradient.data_ptr() == view.data_ptr() and gradient.shape == view.shape:
+            view.mul_(scale)
+        else:
+            torch.mul(gradient, scale, out=view)
+        self.parameters[slot].grad = view
+
+    def _blank(self, slot: int) -> None:
+        self._views[slot].zero_()
+
+
+class Direct(Message):
+    """One large gradient, summed where autograd has put it."""
+
+    def grant(self, slot: int) -> None:
+        self.parameters[slot].grad = self.flat.view(self.parameters[slot].shape)
+
+    def _take(self, slot: int, gradient: Tensor, scale: float) -> None:
+        if not gradient.is_contiguous():
+            gradient = gradient.contiguous()
+            self.parameters[slot].grad = gradient
+        if scale != 1.0:
+            gradient.mul_(scale)
+        self.flat = gradient.view(-1)
+
+    def _blank(self, slot: int) -> None:
+        self.flat = torch.zeros_like(self.parameters[slot], memory_format=torch.contiguous_format).view(-1)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return -1 if tensor is None else tensor.data_ptr()

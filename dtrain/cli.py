@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import signal
 import sys
 import tempfile
 import time
@@ -260,6 +261,7 @@ class ServerCommand:
                 "no address: give --bind tcp://127.0.0.1:5555, or set DMLC_PS_ROOT_URI and DMLC_PS_ROOT_PORT"
             )
         end_with_launcher(place, "server")
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of `finally`, below
         server = Server(
             place.servers,
             place.world_size,

@@ -126,10 +126,13 @@ def max_difference(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor])
     """Largest absolute difference of any weight; infinite where one is not a number.
 
     Raises:
-        DataError: the tensors do not have the same names.
+        DataError: the tensors do not have the same names and shapes.
     """
     if a.keys() != b.keys():
         raise DataError(f"the runs have different weights: {sorted(a.keys() ^ b.keys())}")
+    for name in a:
+        if a[name].shape != b[name].shape:
+            raise DataError(f"{name} is {tuple(a[name].shape)} in one run and {tuple(b[name].shape)} in the other")
     largest = max(((a[n].double() - b[n].double()).abs().max().item() for n in a if a[n].numel()), default=0.0)
     finite = all(torch.isfinite(t).all() for t in (*a.values(), *b.values()))
     return largest if finite else float("inf")

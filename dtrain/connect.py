@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -16,7 +16,7 @@ from dtrain.comm.allreduce import AllReduce
 from dtrain.comm.base import Backend
 from dtrain.comm.rendezvous import meet, open_store
 from dtrain.comm.solo import Solo
-from dtrain.errors import UsageError
+from dtrain.errors import ConnectError, UsageError
 from dtrain.processes import Child, end_with_launcher, remove, server_command
 from dtrain.ps.client import ParameterServer
 
@@ -26,7 +26,7 @@ BACKENDS = ("solo", "threads", "ps", "allreduce")
 """Names of the backends that come with dtrain. An entry point in the group `dtrain.backends` adds one: a function from
 `Request` to `Backend`."""
 
-_joined: Counter[str] = Counter()  # how often this process has joined each backend: keeps stores apart
+_meetings = itertools.count()  # numbers the meetings of this process: each has its own part of the store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def connect(
     if name != "threads":
         end_with_launcher(place, f"worker {place.rank}")
     limit_s = 60.0 if place.timeout_s is None else place.timeout_s
-    if limit_s <= 0 or connect_timeout_s <= 0:
+    if not (limit_s > 0 and connect_timeout_s > 0):
         raise UsageError(f"timeout_s is {limit_s}, connect_timeout_s {connect_timeout_s}: give seconds, more than 0")
     return join(Request(place=place, timeout_s=limit_s, connect_timeout_s=connect_timeout_s))
 
@@ -181,14 +181,19 @@ def _own_server(request: Request) -> tuple[str, Callable[[], None] | None]:
         if store is not None:
             store.set("server", address)
 
-        def stop() -> None:
+        def stop(_: dist.Store | None = store) -> None:  # holds the store until all have joined
             server.wait(2.0)  # it ends by itself when all workers have left
             server.stop()
             remove(folder)
 
         return address, stop
     assert store is not None  # noqa: S101  (there is a rank above 0)
-    return store.get("server").decode(), None
+    try:
+        return store.get("server").decode(), None
+    except RuntimeError as error:
+        raise ConnectError(
+            f"worker {place.rank}: worker 0 came, but has not started the server: it has ended"
+        ) from error
 
 
 def _met(request: Request, backend: str) -> dist.Store:
@@ -212,11 +217,10 @@ def _open(request: Request, backend: str) -> dist.Store:
             f"backend {backend} with {place.world_size} workers needs a place to meet: start the job with "
             "`dtrain launch` or torchrun, or give store='tcp://host:port' or 'file:///path'"
         )
-    number, _joined[backend] = _joined[backend], _joined[backend] + 1
     return open_store(
         place.store,
         rank=place.rank,
         host_it=not env.agent_hosts_store(),
         timeout_s=request.connect_timeout_s,
-        prefix=f"dtrain/{place.job_id or 'job'}/{place.restart}/{backend}/{number}",
+        prefix=f"dtrain/{place.job_id or 'job'}/{place.restart}/{next(_meetings)}",
     )

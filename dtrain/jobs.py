@@ -25,7 +25,7 @@ from dtrain.comm.solo import Solo
 from dtrain.comm.threads import run_threads
 from dtrain.connect import connect
 from dtrain.errors import CommError, DtrainError, UsageError
-from dtrain.processes import Child, cores, remove, server_command
+from dtrain.processes import Child, cores, left_code, remove, server_command
 from dtrain.ps.server import Server
 
 T = TypeVar("T")
@@ -344,7 +344,7 @@ class _Job:
             time.sleep(0.05)
         # Whoever ends with 69 complains about somebody else: look for the one who does not, or who is stopped.
         everyone = [c for c in self._children if c.ended() and c.process.returncode != 0]
-        own = [c for c in bad + everyone if c.process.returncode != CommError.exit_code]
+        own = [c for c in bad + everyone if self._code(c) != CommError.exit_code]
         stopped = [c for c in self._children if not c.ended() and c.stopped()]
         early = [c for c in self._children if c.process.returncode == 0]
         culprit = (own or stopped or early or bad)[0]
@@ -354,5 +354,10 @@ class _Job:
             file=sys.stderr,
             flush=True,
         )
-        code = culprit.process.returncode
-        return CommError.exit_code if code is None or code <= 0 else int(code)
+        code = self._code(culprit)
+        return code if code > 0 else CommError.exit_code
+
+    def _code(self, child: Child) -> int:
+        """Its exit code, or the one that fits the error which ended its script; 0 while it runs."""
+        code = child.process.returncode
+        return (code == 1 and left_code(self._folder, child.name)) or code or 0

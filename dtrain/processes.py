@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import IO
 import psutil
 
 from dtrain import env
-from dtrain.errors import CommError, UsageError
+from dtrain.errors import CommError, DtrainError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -127,12 +128,15 @@ def server_command(address: str, world_size: int, *, timeout_s: float) -> list[s
 def end_with_launcher(place: env.Place, who: str) -> None:
     """End this process, with a word of why, when the one that started it is gone."""
     fd = place.launcher_fd
-    if fd is None:
+    if fd is None or fd in _watched:
         return
     try:
         os.set_inheritable(fd, False)
     except OSError:
         return
+    _watched.add(fd)
+    if place.job_dir:
+        atexit.register(_leave_code, _code_file(place.job_dir, who))
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -147,6 +151,28 @@ def end_with_launcher(place: env.Place, who: str) -> None:
         os._exit(CommError.exit_code)
 
     threading.Thread(target=watch, daemon=True, name="dtrain-lifeline").start()
+
+
+_watched: set[int] = set()  # file descriptors that a thread looks at
+
+
+def _leave_code(file: Path) -> None:
+    """Python ends a script with 1 whatever the error was: leave word for the launcher where it was one of ours."""
+    error = getattr(sys, "last_value", None)
+    if isinstance(error, DtrainError):
+        with contextlib.suppress(OSError):
+            file.write_text(str(error.exit_code), encoding="ascii")
+
+
+def left_code(job_dir: str, who: str) -> int | None:
+    """The exit code that fits the error which ended a script, if it left one."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(_code_file(job_dir, who).read_text(encoding="ascii"))
+    return None
+
+
+def _code_file(job_dir: str, who: str) -> Path:
+    return Path(job_dir, who.replace(" ", "-") + ".code")
 
 
 def remove(job_dir: str | None) -> None:

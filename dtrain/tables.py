@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,8 @@ def verdict(result: dict[str, Any]) -> str:
     largest = result["max_abs_weight_diff"]
     pair = max(result["pairs"], key=result["pairs"].__getitem__).replace(",", " and ")
     scope = f"after {result['steps']} steps in {result['dtype']}"
+    if not math.isfinite(largest):
+        return f"A weight is not a number {scope}, in {pair} at least: the training diverged; lower the learning rate."
     if len(result["bitwise"]) == len(result["pairs"]):
         return f"Same model, bit for bit: no weight differs between the runs {scope}."
     text = f"Largest difference of any weight between two runs, {pair}, {scope}: {largest:.1e}."

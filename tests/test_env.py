@@ -32,7 +32,7 @@ OURS = {
     "DTRAIN_JOB_ID": "j",
     "DTRAIN_TIMEOUT_S": "2.5",
     "DTRAIN_LAUNCHER_FD": "7",
-    "DTRAIN_JOB_DIR": "/tmp/dtrain-x",
+    "DTRAIN_JOB_DIR": "/run/dtrain-x",
 }
 
 
@@ -70,7 +70,7 @@ OURS = {
                 "job_id": "j",
                 "timeout_s": 2.5,
                 "launcher_fd": 7,
-                "job_dir": "/tmp/dtrain-x",
+                "job_dir": "/run/dtrain-x",
             },
             id="dtrain",
         ),

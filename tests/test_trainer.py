@@ -323,6 +323,14 @@ def test_mixed_precision_trains_as_well(amp: str, norm_batch: str) -> None:
     assert bool(found[0]["scale"]) == (amp == "fp16")
 
 
+def test_what_is_clipped_is_not_scaled() -> None:
+    """A limit far above the gradient's norm changes no bit, though the scaled gradient is far above the limit."""
+    job = Job(dtype=torch.float32).with_config(amp="fp16", steps=12)
+    found, limited = (fit(Solo(), job.with_config(clip_grad_norm=limit)) for limit in (None, 1e3))
+    assert not differences(found["parameters"], limited["parameters"])
+    assert differences(found["parameters"], fit(Solo(), job.with_config(steps=1))["parameters"])
+
+
 def _overflowing(comm: Any, job: Job) -> list[Any]:
     """Weights, rate and scale after each step; one sample of each epoch is infinite, and some worker has it."""
     points = Points(24, torch.float32)
@@ -383,26 +391,20 @@ def test_evaluation_counts_every_sample_once(count: int, workers: int) -> None:
         assert found == pytest.approx({"loss": mean, "count": 1.0}, rel=1e-12)
 
 
-class Counting(Evaluate):
-    """Counts how often it has looked at the data."""
-
-    def __init__(self, points: Points) -> None:
-        self.steps: list[int] = []
-        super().__init__(points, square_sums, finish=lambda means: {**means, "root": means["loss"] ** 0.5})
-
-    def on_epoch(self, state: State) -> None:
-        before = dict(state.metrics)
-        super().on_epoch(state)
-        if state.metrics != before:
-            self.steps.append(state.step)
-
-
 @pytest.mark.parametrize(("how", "at"), [({"steps": 4}, [3, 4]), ({"steps": 6}, [3, 6]), ({"epochs": 2}, [3, 6])])
 def test_evaluation_after_each_epoch_and_at_the_end(how: dict[str, int], at: list[int]) -> None:
     """But not twice at one step; what `finish` makes of the means is what is reported."""
-    hook = Counting(Points(7, seed=1))
-    trainer, state = solo(Job().with_config(**({"steps": None} | how)), hook)
-    assert hook.steps == at
+    watcher, looked = Watcher(), []
+
+    def score(model: nn.Module, batch: Any) -> Any:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        looked.append(watcher.log[-1][1])  # the step that was made last
+        return square_sums(model, batch)
+
+    hook = Evaluate(Points(7, seed=1), score, finish=lambda means: {**means, "root": means["loss"] ** 0.5})
+    trainer, state = solo(Job().with_config(**({"steps": None} | how)), watcher, hook)
+    assert looked == at
     assert trainer.model.training
     assert state.metrics["root"] == pytest.approx(state.metrics["loss"] ** 0.5)
 

@@ -58,12 +58,24 @@ def meet(store: dist.Store, *, rank: int, world_size: int, backend: str, timeout
         UsageError: another worker was started with another world size or backend.
     """
     mine = {"world_size": world_size, "backend": backend, "host": socket.gethostname(), "pid": os.getpid()}
+    here: set[int] = set()
+    try:
+        _meet(store, rank, mine, here, timeout_s)
+    except RuntimeError as error:  # from the store
+        missing = sorted(set(range(world_size)) - here)
+        raise ConnectError(
+            f"worker {rank} of {world_size}: the store is gone, and workers {missing} had not come; has worker 0, "
+            "which keeps it, ended?"
+        ) from error
+
+
+def _meet(store: dist.Store, rank: int, mine: dict[str, Any], here: set[int], timeout_s: float) -> None:
+    world_size = mine["world_size"]
     deadline = time.monotonic() + timeout_s
     _claim(store, rank, mine)
     # A job of another size joins under ranks that this one may not have: the first to come sets the tone.
     first = json.loads(store.compare_set("first", "", json.dumps({**mine, "rank": rank})))
     _compare(store, mine, rank, first, first["rank"])
-    here: set[int] = set()
     while len(here) < world_size:
         for other in sorted(set(range(world_size)) - here):
             if store.check([f"join/{other}"]):
@@ -106,6 +118,7 @@ def _compare(store: dist.Store, mine: dict[str, Any], rank: int, other: dict[str
 def _quarrel(store: dist.Store, text: str) -> NoReturn:
     """Stop, and stop those who wait in the store."""
     store.set("quarrel", text)
+    time.sleep(10 * _POLL_S)  # with worker 0, its store would be gone before the others have read this
     raise UsageError(text)
 
 

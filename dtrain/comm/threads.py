@@ -62,8 +62,9 @@ class Hub:
             except LayoutError as error:
                 self._failure = self._failure or str(error)
                 raise
-            finally:
+            else:
                 meeting.finished = True
+            finally:
                 self._changed.notify_all()
 
     def wait(self, at: tuple[str, int]) -> None:
@@ -77,7 +78,7 @@ class Hub:
             finally:
                 self.turn.acquire()
                 torch.set_rng_state(state)
-        if self._failure:
+        if self._failure and not meeting.finished:
             raise CommError(f"{at[0]}: {self._failure}")
 
     def leave(self, at: tuple[str, int], rank: int) -> None:

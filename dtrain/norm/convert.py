@@ -35,9 +35,11 @@ def convert(model: nn.Module, *, norm_batch: str = "global", comm: Backend) -> n
     if norm_batch == "worker":
         return model
     made: dict[int, SyncBatchNorm] = {}  # a layer used in two places stays one layer
-    for parent, name, layer, path in _batch_norms(model):
+    places = _batch_norms(model)
+    for _, _, layer, path in places:
         if id(layer) not in made:
             made[id(layer)] = from_plain(layer, comm, path or "batch_norm")
+    for parent, name, layer, _ in places:
         if parent is None:
             return made[id(layer)]
         setattr(parent, name, made[id(layer)])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,18 +38,15 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
+        if self.training and self.comm is not None:
+            return self._synchronised(x)
         batch_statistics = self.training or self.running_mean is None
-        if not batch_statistics or self.comm is None:
-            return F.batch_norm(
-                x,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                batch_statistics,
-                0.0,
-                self.eps,
-            )
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics, 0.0, self.eps
+        )
+
+    @_disable_dynamo  # torch.compile is not to look into the transfers
+    def _synchronised(self, x: Tensor) -> Tensor:
         mean, variance, count = self._global_statistics(x)
         self._update_running(mean, variance, count)
         apply: Any = _Normalise.apply
@@ -70,7 +68,7 @@ class SyncBatchNorm(_BatchNorm):
         return mean, m2 / total.clamp(min=1), total
 
     def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        if int(count) == 1:
+        if int(count) < 2:
             raise ValueError(f"expected more than 1 value per channel when training, over all workers ({self.key})")
         if self.running_mean is None or self.running_var is None or not self.track_running_stats:
             return
@@ -101,6 +99,8 @@ class _Normalise(torch.autograd.Function):
         kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         ctx.comm, ctx.key = comm, key
         ctx.save_for_backward(x, weight, mean.to(kind), (variance + eps).rsqrt().to(kind), count)
+        # Statistics stay wide for a half-precision x, and torch wants weight and bias of the same type as they are.
+        weight, bias = (None if t is None else t.to(kind) for t in (weight, bias))
         return F.batch_norm(x, mean.to(kind), variance.to(kind), weight, bias, False, 0.0, eps)
 
     @staticmethod

@@ -22,7 +22,7 @@ import zmq
 from torch import Tensor
 
 from dtrain.comm.base import Traffic, Work, check_flat
-from dtrain.errors import CommError, ConnectError, ProtocolError
+from dtrain.errors import CommError, ConnectError, ProtocolError, UsageError
 from dtrain.ps import sockets, wire
 from dtrain.ps.server import error_of
 
@@ -65,6 +65,8 @@ class ParameterServer:
         self.world_size = world_size
         self.traffic = Traffic()
         self.address = sockets.check_address(address, insecure_no_encryption=True)
+        if address.startswith("tcp://") and address.endswith(":0"):
+            raise UsageError(f"server address is {address!r}: give the port that the server says it listens at")
         # The server looks after late workers and names them; this side's limit is for a server that has gone silent.
         self._timeout_s = timeout_s + _MARGIN_S
         self._checksums = address.startswith("tcp://")

@@ -107,7 +107,7 @@ class Rounds:
                 return self._leave(rank, message.reason)
             if isinstance(message, Add) and payload is not None:
                 return self._add(rank, message, payload, now)
-            raise ProtocolError(f"a worker does not send {type(message).__name__}")
+            raise ProtocolError(f"{self._name(rank)} sent {type(message).__name__}, which a worker does not send")
         except (UsageError, ProtocolError) as error:
             if isinstance(error, LayoutError) or session in self._ranks:
                 return self._fail(error, also=session)

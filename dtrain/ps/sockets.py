@@ -57,7 +57,7 @@ def check_address(address: str, *, insecure_no_encryption: bool = False) -> str:
         port = url.port
     except ValueError:
         port = None
-    if url.scheme == "ipc" and url.path.startswith("/"):
+    if url.scheme == "ipc" and not url.netloc and url.path.startswith("/"):
         if len(url.path.encode()) > 107:
             raise UsageError(f"{address}: a socket's path has at most 107 bytes, this one {len(url.path.encode())}")
         return address
