@@ -63,7 +63,7 @@ class _Run:
     """Mixed precision."""
     seed: int = 0
     """Decides initial weights and the order of the data."""
-    bucket_mb: float = 25.0
+    bucket_mb: float = 8.0
     """Size at which gradients are sent, in MiB."""
     timeout_s: float = 60.0
     """Longest wait of a worker for another, in seconds, before the job fails with the name of the late one."""
@@ -315,11 +315,11 @@ DTRAIN_DEBUG=1 shows tracebacks, DTRAIN_LOG_LEVEL=info the place in the job.
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process with the command's exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=env.log_level(), format="dtrain: %(message)s")
     sys.exit(_guarded(lambda: _dispatch(arguments)))
 
 
 def _dispatch(arguments: list[str]) -> int:
+    logging.basicConfig(level=env.log_level(), format="dtrain: %(message)s")
     if arguments[:1] == ["--version"]:
         print(f"dtrain {__version__}")
         return 0

@@ -12,10 +12,6 @@ from dtrain.errors import UsageError
 class TrainConfig:
     """How a model is trained, whatever the model and the backend."""
 
-    global_batch: int = 64
-    """Samples in one optimizer step, over all workers."""
-    micro_batch: int | None = None
-    """Most samples of one forward of a worker; more are accumulated. None: no limit."""
     epochs: int | None = None
     """Passes over the data. Give this or `steps`."""
     steps: int | None = None
@@ -27,8 +23,8 @@ class TrainConfig:
     norm_batch: Literal["worker", "global"] = "worker"
     """Samples that share batch-norm statistics: those of each worker, or those of all workers."""
     seed: int = 0
-    """Decides the order of the data and the random numbers of each worker."""
-    bucket_mb: float = 25.0
+    """Decides the random numbers of each worker; the order of the data is the Loader's."""
+    bucket_mb: float = 8.0
     """Size at which gradients are sent, in MiB."""
     log_every: int = 10
     """Steps between two records of loss and times."""
@@ -36,7 +32,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise UsageError(f"epochs is {self.epochs}, steps {self.steps}: give one of them")
-        for name in ("global_batch", "micro_batch", "epochs", "steps", "log_every"):
+        for name in ("epochs", "steps", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}: give 1 or more")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from dtrain.errors import DataError, UsageError
 
 Collate = Callable[[list[Any]], Any]
+
+Batch: TypeAlias = tuple[Tensor, ...]
+"""Tensors whose first dimension counts the same samples."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,30 @@ class Step:
     total: int
     """Samples of all workers and micro-batches together."""
     micro_batches: Iterator[Micro] | list[Micro]
+
+
+class BatchedData(Dataset[Batch]):
+    """A map-style data set whose one primitive is `batch`; single items are cut from it.
+
+    Subclasses give `__len__` and `batch`.
+    """
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The samples at `indices` [n] (int64, each in 0..len-1), stacked in that order: tensors [n, ...]."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of a data set of {len(self)}")
+        return tuple(tensor[0] for tensor in self.batch(torch.tensor([index % len(self)])))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        """Several items by one `batch`: the hook that torch's DataLoader looks for."""
+        stacked = self.batch(torch.tensor(indices, dtype=torch.int64))
+        return list(zip(*stacked, strict=True))
 
 
 def shuffled(num_samples: int, seed: int, epoch: int) -> Tensor:
@@ -91,7 +118,7 @@ def share(count: int, *, accumulate: int, rank: int, world_size: int) -> list[ra
 class Loader:
     """Steps of an epoch for one worker, from any map-style or iterable data set.
 
-    A data set with a method `batch(indices)` is asked for whole micro-batches; others go through torch's DataLoader.
+    A `BatchedData` is asked for whole micro-batches; other data sets go through torch's DataLoader.
     Of an iterable data set, each worker reads the whole stream and keeps its share; its order is the data set's own.
     """
 
@@ -100,7 +127,7 @@ class Loader:
         dataset: Dataset[Any],
         *,
         global_batch: int,
-        accumulate: int = 1,
+        micro_batch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
@@ -110,16 +137,16 @@ class Loader:
     ) -> None:
         """
         Args:
-            accumulate: micro-batches in a step; see `accumulation`.
+            global_batch: samples in one optimizer step, over all workers.
+            micro_batch: most samples of one forward of a worker; more are accumulated. None: no limit.
             num_workers: processes that fetch ahead, as in torch's DataLoader.
             collate: makes a batch of a list of samples.
 
         Raises:
             UsageError: a batch of no samples, or a stream with several readers; DataError: a data set of none.
         """
-        accumulation(global_batch, None, world_size)
-        if accumulate < 1 or num_workers < 0:
-            raise UsageError(f"accumulate is {accumulate}, num_workers {num_workers}: give 1 or more, and 0 or more")
+        if num_workers < 0:
+            raise UsageError(f"num_workers is {num_workers}: give 0 or more")
         if not 0 <= rank < world_size:
             raise UsageError(f"rank is {rank}, world_size {world_size}: ranks run from 0 to world_size - 1")
         if isinstance(dataset, IterableDataset) and num_workers > 1:
@@ -129,7 +156,7 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self._accumulate = accumulate
+        self._accumulate = accumulation(global_batch, micro_batch, world_size)
         self._place = {"rank": rank, "world_size": world_size}
         self._shuffle = shuffle
         self._num_workers = num_workers
@@ -154,11 +181,11 @@ class Loader:
     def batches(self, epoch: int) -> Iterator[tuple[Any, Share]]:
         """The epoch for a loop of one's own: each batch with what `Replica.backward` is to know of it.
 
-            for (x, y), share in loader.batches(epoch):
-                replica.backward(loss(model(x), y), **share)
-                if share["sync"]:
-                    optimizer.step()
-                    optimizer.zero_grad()
+        for (x, y), share in loader.batches(epoch):
+            replica.backward(loss(model(x), y), **share)
+            if share["sync"]:
+                optimizer.step()
+                optimizer.zero_grad()
         """
         for step in self.epoch(epoch):
             micro_batches = list(step.micro_batches)
@@ -180,9 +207,8 @@ class Loader:
             yield Step(number, len(batch), islice(micros, len(ranges)))
 
     def _fetch(self, epoch: int, indices: list[Tensor]) -> Iterable[Any]:
-        whole = getattr(self.dataset, "batch", None)
-        if whole is not None and self._num_workers == 0:
-            return (whole(i) for i in indices)
+        if isinstance(self.dataset, BatchedData) and self._num_workers == 0:
+            return map(self.dataset.batch, indices)
         return DataLoader(
             self.dataset,
             batch_sampler=[i.tolist() for i in indices],

@@ -34,6 +34,8 @@ VARIABLES: dict[str, tuple[str, ...]] = {
 _PAIRS = {"store": ("MASTER_ADDR", "MASTER_PORT"), "servers": ("DMLC_PS_ROOT_URI", "DMLC_PS_ROOT_PORT")}
 """Fields that a host and a port variable together may set, where the field's own variable is absent."""
 
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
 _INTEGERS = {"rank", "world_size", "local_rank", "local_world_size", "restart", "launcher_fd"}
 
 
@@ -169,7 +171,10 @@ def debug() -> bool:
 
 def log_level() -> str:
     """Name of the log level (DTRAIN_LOG_LEVEL), `warning` by default."""
-    return os.environ.get("DTRAIN_LOG_LEVEL", "warning").upper()
+    level = (os.environ.get("DTRAIN_LOG_LEVEL") or "warning").upper()
+    if level not in _LEVELS:
+        raise UsageError(f"DTRAIN_LOG_LEVEL={level.lower()}: it is one of {', '.join(_LEVELS).lower()}")
+    return level
 
 
 def for_child(place: Place, *, threads: int, loopback: str | None) -> dict[str, str]:

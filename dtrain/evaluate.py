@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
-from dtrain.data import cut, to_device
+from dtrain.data import BatchedData, cut, to_device
 from dtrain.norm import merged_statistics
 
 Score = Callable[[nn.Module, Any], Mapping[str, Tensor | float]]
@@ -33,7 +33,7 @@ def evaluate(
     Plain batch-norm layers use the running statistics of all workers together. The model is in evaluation mode within.
 
     Args:
-        dataset: map-style; with `batch(indices)` it is asked for whole batches.
+        dataset: map-style; a `BatchedData` is asked for whole batches.
         score: sums over the samples of a batch, with the same names for each.
         batch_size: samples of one forward.
     """
@@ -62,7 +62,6 @@ def _means(sums: dict[str, float], count: int, comm: Backend) -> dict[str, float
 
 
 def _batch(dataset: Dataset[Any], indices: range) -> Any:
-    whole = getattr(dataset, "batch", None)
-    if whole is not None:
-        return whole(torch.tensor(indices))
+    if isinstance(dataset, BatchedData):
+        return dataset.batch(torch.tensor(indices))
     return default_collate([dataset[i] for i in indices])

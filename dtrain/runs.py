@@ -25,7 +25,7 @@ from dtrain import checkpoint, env, recipes
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.config import TrainConfig
-from dtrain.data import Loader, accumulation
+from dtrain.data import Loader
 from dtrain.errors import DataError, UsageError
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Progress, TensorBoard, finite
 from dtrain.measure import summarise
@@ -58,7 +58,7 @@ class RunSpec:
     amp: Literal["off", "bf16", "fp16"] = "off"
     norm_batch: Literal["worker", "global"] = "worker"
     seed: int = 0
-    bucket_mb: float = 25.0
+    bucket_mb: float = 8.0
     log_every: int = 10
     num_data_workers: int = 0
     run_dir: str | None = None
@@ -88,8 +88,6 @@ class RunSpec:
         """The trainer's part of it, with the recipe's defaults filled in."""
         neither = self.epochs is None and self.steps is None
         return TrainConfig(
-            global_batch=recipe.global_batch if self.global_batch is None else self.global_batch,
-            micro_batch=self.micro_batch,
             epochs=recipe.epochs if neither else self.epochs,
             steps=self.steps,
             clip_grad_norm=self.clip_grad_norm,
@@ -115,8 +113,8 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
             group["lr"] = spec.lr
     loader = Loader(
         recipe.train,
-        global_batch=config.global_batch,
-        accumulate=accumulation(config.global_batch, config.micro_batch, comm.world_size),
+        global_batch=recipe.global_batch if spec.global_batch is None else spec.global_batch,
+        micro_batch=spec.micro_batch,
         rank=comm.rank,
         world_size=comm.world_size,
         seed=config.seed,
@@ -138,7 +136,7 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     if comm.rank == 0 and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         buffers = [name for name, _ in model.named_buffers()]
-        _write(folder / "config.json", _asked_for(spec, config, comm, device) | {"buffers": buffers})
+        _write(folder / "config.json", _asked_for(spec, config, loader, comm, device) | {"buffers": buffers})
     resumed_step = trainer.resume(folder / "checkpoints") if spec.resume and folder else 0
     samples_before = trainer.state.samples
     started_s = time.perf_counter()
@@ -200,10 +198,11 @@ def _device(comm: Backend, spec: RunSpec) -> torch.device:
     return device
 
 
-def _asked_for(spec: RunSpec, config: TrainConfig, comm: Backend, device: torch.device) -> dict[str, Any]:
+def _asked_for(spec: RunSpec, config: TrainConfig, data: Loader, comm: Backend, device: torch.device) -> dict[str, Any]:
     return {
         **{k: v for k, v in dataclasses.asdict(spec).items() if k not in dataclasses.asdict(config)},
         **dataclasses.asdict(config),
+        "global_batch": data.global_batch,
         "backend": comm.name,
         "workers": comm.world_size,
         "device": str(device),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dtrain import checkpoint, norm
+from dtrain import checkpoint, generators, norm
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
@@ -23,7 +23,7 @@ from dtrain.hooks import Hook, State
 from dtrain.measure import Stopwatch, metered
 from dtrain.norm.merge import merge_statistics
 from dtrain.replica import replicate
-from dtrain.snapshot import gather_own, restore_own, seed_all
+from dtrain.snapshot import gather_own, restore_own
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss over the samples of the batch."""
@@ -89,7 +89,7 @@ class Trainer:
         self._step_in_epoch = 0
         self._lost = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss times samples, samples
         self.state = State(model=self.model, comm=self.comm, steps=self._total_steps(), snapshot=self._snapshot)
-        seed_all(config.seed * 1_000_003 + self.comm.rank)
+        generators.seed_all(config.seed * 1_000_003 + self.comm.rank)
 
     def fit(self) -> State:
         """Train to the end of `config.epochs` or `config.steps`; the final state."""
@@ -133,7 +133,7 @@ class Trainer:
         if position["world_size"] == self.comm.world_size:
             restore_own(groups[f"worker-{self.comm.rank}"], self.model)
         else:
-            seed_all((self.config.seed * 1_000_003 + self.state.step) * 1009 + self.comm.rank)
+            generators.seed_all((self.config.seed * 1_000_003 + self.state.step) * 1009 + self.comm.rank)
         return saved.step
 
     # -- a step -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ a leading "$". The rest are objects with one key: {"$tensor": name}, {"$int": "-
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -32,6 +33,31 @@ DTYPES = {torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
 DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64}
 DTYPES |= {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+
+
+def dumps(tree: object) -> bytes:
+    """A tree as bytes: those of a safetensors file whose metadata hold the structure.
+
+    Raises:
+        DataError: a value that cannot be stored.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(encode(tree, ("tree",), tensors), allow_nan=False)
+    return to_bytes(tensors, "tree", {"structure": structure})
+
+
+def loads(data: bytes, what: str) -> Any:
+    """The inverse of `dumps`; `what` names the source in errors.
+
+    Raises:
+        DataError: bytes that `dumps` does not write.
+    """
+    try:
+        size = int.from_bytes(data[:8], "little")
+        structure = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["structure"])
+    except (ValueError, LookupError, TypeError, RecursionError) as exc:
+        raise DataError(f"{what}: no tree: {exc!r}") from None
+    return decode(structure, from_bytes(data, Path(what)), Path(what))
 
 
 def encode(value: object, where: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -111,7 +137,7 @@ def _decode_tag(tag: str, body: Any, tensors: dict[str, Tensor], file: Path) -> 
     return Counter(pairs) if tag == "$counter" else pairs
 
 
-def to_bytes(tensors: dict[str, Tensor], where: str) -> bytes:
+def to_bytes(tensors: dict[str, Tensor], where: str, metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors file with these tensors. Memory: one copy of them all, and of those to be cloned."""
     plain: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -123,7 +149,7 @@ def to_bytes(tensors: dict[str, Tensor], where: str) -> bytes:
         storage = dense.untyped_storage().data_ptr()
         plain[name] = dense.clone() if storage in storages else dense
         storages.add(storage)
-    return safetensors.torch.save(plain)
+    return safetensors.torch.save(plain, metadata)
 
 
 def from_bytes(data: bytes, file: Path) -> dict[str, Tensor]:

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 import dtrain
 from dtrain.comm.base import Backend
-from dtrain.data import Loader, accumulation
+from dtrain.data import BatchedData, Loader
 from dtrain.hooks import Checkpoint, Hook, State
 from dtrain.trainer import Trainer
 
 FEATURES = 5
 
 
-class Points(Dataset[Any]):
+class Points(BatchedData):
     """Points and a smooth function of them, the same for one seed."""
 
     def __init__(self, count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
@@ -115,14 +115,12 @@ def trainer_of(comm: Backend, job: Job, hooks: tuple[Hook, ...] = (), data: Any 
     loader = Loader(
         data,
         global_batch=job.global_batch,
-        accumulate=accumulation(job.global_batch, job.micro_batch, comm.world_size),
+        micro_batch=job.micro_batch,
         rank=comm.rank,
         world_size=comm.world_size,
         seed=job.seed,
     )
-    config = dtrain.TrainConfig(
-        global_batch=job.global_batch, micro_batch=job.micro_batch, seed=job.seed, **({"steps": 6} | job.config)
-    )
+    config = dtrain.TrainConfig(seed=job.seed, **({"steps": 6} | job.config))
     if job.root is not None:
         hooks = (*hooks, Checkpoint(Path(job.root), every_steps=job.every_steps, keep=100))
     scheduler = None

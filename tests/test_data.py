@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from dtrain.data import Loader, accumulation, cut, empty, share, shuffled, to_device
+from dtrain.data import BatchedData, Loader, accumulation, cut, empty, share, shuffled, to_device
 from dtrain.errors import DataError, UsageError
 
 COUNTS = st.integers(1, 300)
@@ -33,8 +33,10 @@ class Numbers(Dataset[Any]):
         return torch.tensor(index), {"squares": torch.full((2,), float(index) ** 2)}
 
 
-class Whole(Numbers):
+class Whole(Numbers, BatchedData):
     """The same, for whole batches."""
+
+    __getitems__ = None  # samples here are no tuples of tensors
 
     def batch(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return indices, {"squares": (indices.double() ** 2).float()[:, None].expand(-1, 2)}
@@ -131,20 +133,20 @@ def test_a_batch_has_a_sample(global_batch: int, micro_batch: int | None) -> Non
     count=st.integers(1, 60),
     global_batch=st.integers(1, 70),
     world_size=st.integers(1, 6),
-    accumulate=st.integers(1, 7),
+    micro_batch=st.none() | st.integers(1, 20),
     seed=st.integers(0, 2**62),
     stream=st.booleans(),
 )
 @settings(deadline=None, max_examples=60)
 def test_an_epoch_has_every_sample_once(
-    count: int, global_batch: int, world_size: int, accumulate: int, seed: int, stream: bool
+    count: int, global_batch: int, world_size: int, micro_batch: int | None, seed: int, stream: bool
 ) -> None:
     """Over all workers and steps; `total` is the size of each global batch, the last of which is what is left."""
     found = steps(
         Stream(count) if stream else Whole(count),
         world_size=world_size,
         global_batch=global_batch,
-        accumulate=accumulate,
+        micro_batch=micro_batch,
         seed=seed,
     )
     assert sorted(flat(found)) == list(range(count))
@@ -157,14 +159,14 @@ def test_an_epoch_has_every_sample_once(
 @pytest.mark.parametrize(("dataset", "num_workers"), [(Numbers, 0), (Numbers, 2), (Whole, 2), (Stream, 0), (Stream, 1)])
 def test_every_way_to_fetch_gives_the_same_steps(dataset: type[Any], num_workers: int) -> None:
     """Sample by sample or in batches, in this process or in others; ragged, and with workers that get nothing."""
-    like = {"world_size": 3, "global_batch": 4, "accumulate": 2, "seed": 3, "shuffle": dataset is not Stream}
+    like = {"world_size": 3, "global_batch": 4, "micro_batch": 1, "seed": 3, "shuffle": dataset is not Stream}
     assert steps(dataset(9), num_workers=num_workers, **like) == steps(Whole(9), **like)
 
 
 @pytest.mark.parametrize("dataset", [Whole, Numbers, Stream])
 def test_more_workers_than_samples(dataset: type[Any]) -> None:
     """Workers without a sample have a batch of the right structure, whose tensors have a first dimension of 0."""
-    (step,) = steps(dataset(2), world_size=5, global_batch=8, accumulate=3)
+    (step,) = steps(dataset(2), world_size=5, global_batch=8, micro_batch=1)
     assert sorted(flat([step])) == [0, 1]
     assert [len(worker) for worker in step[2]] == [2] * 5  # all workers have the same number of micro-batches
 
@@ -173,7 +175,7 @@ def test_more_workers_than_samples(dataset: type[Any]) -> None:
 @pytest.mark.parametrize("start", [0, 1, 4, 5])
 def test_to_start_at_a_step_is_to_skip_those_before(dataset: type[Any], start: int) -> None:
     """From each start on, up to the end, where nothing is left."""
-    like = {"world_size": 2, "global_batch": 5, "accumulate": 2, "seed": 1, "epoch": 3}
+    like = {"world_size": 2, "global_batch": 5, "micro_batch": 2, "seed": 1, "epoch": 3}
     assert steps(dataset(23), start=start, **like) == steps(dataset(23), **like)[start:]
 
 
@@ -221,9 +223,9 @@ def test_errors_name_the_value() -> None:
         Loader(Whole(0), global_batch=4)
     with pytest.raises(UsageError, match="global_batch is 0"):
         Loader(Whole(3), global_batch=0)
-    with pytest.raises(UsageError, match="accumulate is 0"):
-        Loader(Whole(3), global_batch=2, accumulate=0)
-    with pytest.raises(UsageError, match="num_workers -1"):
+    with pytest.raises(UsageError, match="micro_batch 0"):
+        Loader(Whole(3), global_batch=2, micro_batch=0)
+    with pytest.raises(UsageError, match="num_workers is -1"):
         Loader(Whole(3), global_batch=2, num_workers=-1)
     with pytest.raises(UsageError, match="rank is 2, world_size 2"):
         Loader(Whole(3), global_batch=2, rank=2, world_size=2)

@@ -26,7 +26,7 @@ FLOORS = [
     {"recipes", "measure", "largebatch", "norm", "ps"},
     {"comm"},
     {"checkpoint", "buckets", "data", "processes"},
-    {"trees"},
+    {"trees", "generators"},
     {"config", "tables"},
     {"env"},
     {"errors"},

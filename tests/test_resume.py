@@ -12,10 +12,9 @@ import torch
 from torch.utils.data import IterableDataset
 
 import dtrain
-from dtrain import checkpoint
+from dtrain import checkpoint, generators
 from dtrain.comm.solo import Solo
 from dtrain.errors import DataError
-from dtrain.snapshot import random_state, seed_all, set_random_state
 from tests.conftest import everywhere
 from tests.small import Job, Points, differences, distance, fit, make_model, trainer_of
 
@@ -217,16 +216,16 @@ def test_random_state_comes_back_whole() -> None:
     def draw() -> list[float]:
         return [torch.rand(1).item(), random.gauss(0, 1), random.random(), float(np.random.randn()), np.random.rand()]
 
-    before = random_state()
+    before = generators.state()
     try:
-        seed_all(2**70)
+        generators.seed_all(2**70)
         draw()
-        state = random_state()
+        state = generators.state()
         first = draw()
-        set_random_state(state)
+        generators.set_state(state)
         assert draw() == first
     finally:
-        set_random_state(before)
+        generators.set_state(before)
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
         ({"steps": 0}, "steps is 0: give 1 or more"),
         ({"steps": None, "epochs": 0}, "epochs is 0: give 1 or more"),
         ({"steps": 3, "epochs": 3}, "epochs is 3, steps 3: give one of them"),
-        ({"global_batch": 0}, "global_batch is 0: give 1 or more"),
-        ({"micro_batch": 0}, "micro_batch is 0: give 1 or more"),
+        ({"global_batch": 0}, "global_batch is 0, micro_batch None: a batch has at least one sample"),
+        ({"micro_batch": 0}, "micro_batch 0: a batch has at least one sample"),
         ({"log_every": 0}, "log_every is 0: give 1 or more"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm is 0.0: give more than 0"),
         ({"clip_grad_norm": math.nan}, "clip_grad_norm is nan: give more than 0"),
@@ -73,7 +73,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
         ({"lr": math.nan}, "lr is nan: give 0 or more"),
         ({"amp": "fp8"}, "amp is 'fp8': one of off, bf16, fp16"),
         ({"norm_batch": "host"}, "norm_batch is 'host': one of worker, global"),
-        ({"num_data_workers": -1}, "num_workers -1"),
+        ({"num_data_workers": -1}, "num_workers is -1"),
         ({"device": "gpu"}, "device is 'gpu': give auto, cpu, cuda or cuda:N"),
         ({"resume": True}, "--resume needs --run-dir"),
         ({"tensorboard": True}, "--tensorboard needs --run-dir"),
@@ -105,9 +105,9 @@ def test_what_is_not_said_is_the_recipes() -> None:
     """Its batch and its epochs, unless there are steps."""
     recipe = build("digits")
     config = RunSpec(recipe="digits").train_config(recipe)
-    assert (config.global_batch, config.epochs, config.steps) == (recipe.global_batch, recipe.epochs, None)
-    config = RunSpec(recipe="digits", steps=3, global_batch=10).train_config(recipe)
-    assert (config.global_batch, config.epochs, config.steps) == (10, None, 3)
+    assert (config.epochs, config.steps) == (recipe.epochs, None)
+    config = RunSpec(recipe="digits", steps=3).train_config(recipe)
+    assert (config.epochs, config.steps) == (None, 3)
 
 
 def test_a_configuration_says_how_long() -> None:

@@ -366,7 +366,7 @@ def test_a_step_that_overflows_is_left_out_on_every_worker(update: str, clip: fl
         assert (rate, scale) == ((rate_before / 2, scale_before) if moved else (rate_before, scale_before / 2))
         assert all(t.isfinite().all() for t in after.values())
         moves.append(moved)
-    assert moves.count(False) >= 6  # once an epoch at least
+    assert moves.count(False) >= 5  # once in each of 6 epochs, but the very first step has none before it
     assert moves.count(True) >= 6
 
 

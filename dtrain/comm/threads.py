@@ -1,6 +1,6 @@
 """n workers in one process, a thread each: the oracle for tests, and DataParallel over a list of devices.
 
-Workers take turns: one runs until it must wait for the others. torch's random generator is handed over with the turn,
+Workers take turns: one runs until it must wait for the others. Random generators are handed over with the turn,
 so that each worker draws its own numbers. A run is therefore repeatable to the bit, whatever the scheduling, and
 equal to the run of the same workers in processes over the parameter server: both add in worker order.
 """
@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dtrain import generators
 from dtrain.comm.base import Traffic, Work, check_flat
 from dtrain.comm.ordered import OrderedSum
 from dtrain.errors import CommError, LayoutError, UsageError
@@ -71,13 +72,13 @@ class Hub:
         """Let the others have their turn until the meeting `at` is over."""
         meeting = self._meetings[at]
         if not meeting.finished:
-            state = torch.get_rng_state()
+            state = generators.state()
             self.turn.release()
             try:
                 self._block(at, meeting)
             finally:
                 self.turn.acquire()
-                torch.set_rng_state(state)
+                generators.set_state(state)
         if self._failure and not meeting.finished:
             raise CommError(f"{at[0]}: {self._failure}")
 
@@ -202,14 +203,14 @@ def run_threads(
     hub = Hub(workers, timeout_s)
     results: dict[int, T] = {}
     failures: list[tuple[int, BaseException]] = []
-    state = torch.get_rng_state()
+    state = generators.state()
     cores_before = torch.get_num_threads()
     torch.set_num_threads(cores or cores_before)
 
     def work(rank: int) -> None:
         device = torch.device(devices[rank]) if devices else None
         with hub.turn:
-            torch.set_rng_state(state)
+            generators.set_state(state)
             try:
                 results[rank] = fn(Threads(hub, rank, device))
             except BaseException as error:
@@ -224,7 +225,7 @@ def run_threads(
     for thread in threads:
         thread.join()
     torch.set_num_threads(cores_before)
-    torch.set_rng_state(state)
+    generators.set_state(state)
     if failures:
         raise failures[0][1]
     return [results[rank] for rank in range(workers)]

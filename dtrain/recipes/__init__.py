@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 
+from dtrain.data import Batch, BatchedData
 from dtrain.errors import UsageError
-from dtrain.recipes.base import Batch, Recipe
-from dtrain.recipes.data import BatchedData, TensorData
+from dtrain.recipes.base import Recipe
+from dtrain.recipes.data import TensorData
 from dtrain.recipes.digits import digits
 from dtrain.recipes.fashion import fashion
 from dtrain.recipes.options import checked, choose

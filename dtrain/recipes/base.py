@@ -11,10 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
+from dtrain.data import Batch
 from dtrain.errors import UsageError
-
-Batch: TypeAlias = tuple[Tensor, ...]
-"""Tensors whose first dimension counts the same samples."""
 
 Samples: TypeAlias = "Dataset[Batch]"
 """A map-style data set: `len()`, and `[int]` for a tuple of tensors that lack the sample dimension."""

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from dtrain.data import Batch, BatchedData
 from dtrain.errors import UsageError
-from dtrain.recipes.base import Batch
 
 _SPREAD = 0x9E3779B1  # odd, so that multiplying by it modulo 2^k visits every residue once
-
-
-class BatchedData(Dataset[Batch]):
-    """A map-style data set whose one primitive is `batch`; single items are cut from it.
-
-    Subclasses give `__len__` and `batch`.
-    """
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def batch(self, indices: Tensor) -> Batch:
-        """The samples at `indices` [n] (int64, each in 0..len-1), stacked in that order: tensors [n, ...]."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Batch:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of a data set of {len(self)}")
-        return tuple(tensor[0] for tensor in self.batch(torch.tensor([index % len(self)])))
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """Several items by one `batch`: the hook that torch's DataLoader looks for."""
-        stacked = self.batch(torch.tensor(indices, dtype=torch.int64))
-        return list(zip(*stacked, strict=True))
 
 
 class TensorData(BatchedData):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.data import Batch
 from dtrain.errors import DataError
-from dtrain.recipes.base import Batch, Recipe
+from dtrain.recipes.base import Recipe
 from dtrain.recipes.data import TensorData
 from dtrain.recipes.idx import read_idx
 from dtrain.recipes.resnet import ResNet

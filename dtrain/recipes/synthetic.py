@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dtrain.data import Batch
 from dtrain.errors import UsageError
-from dtrain.recipes.base import Batch, Recipe
+from dtrain.recipes.base import Recipe
 from dtrain.recipes.data import WindowData, next_token
 from dtrain.recipes.options import checked, choose
 from dtrain.recipes.resnet import ResNet

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dtrain.recipes.base import Batch
+from dtrain.data import Batch
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ class Job:
     def __init__(self, folder: Path, command: list[str], **environ: str) -> None:
         self.folder = folder
         self.token = secrets.token_hex(8)
+        self.temporary = Path(tempfile.mkdtemp(prefix="j"))
         self._out, self._err = folder / "out.txt", folder / "err.txt"
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
@@ -33,7 +36,13 @@ class Job:
                 stderr=err,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C of ours is for the launcher alone, as in a terminal
-                env={**os.environ, **environ, _TOKEN: self.token, "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    **environ,
+                    _TOKEN: self.token,
+                    "TMPDIR": str(self.temporary),
+                    "OMP_NUM_THREADS": "1",
+                },
             )
 
     @property
@@ -82,7 +91,7 @@ class Job:
             time.sleep(0.02)
         took = time.monotonic() - since
         print(f"TOOK {took:.1f} s")
-        left = [p.name for p in Path(os.environ["TMPDIR"]).glob("dtrain-*")]
+        left = [p.name for p in self.temporary.glob("dtrain-*")]
         assert not left, f"left behind: {left}"
         return int(self.process.returncode)
 
@@ -92,6 +101,7 @@ class Job:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
         self.process.wait()
+        shutil.rmtree(self.temporary)
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ def test_a_worker_that_leaves_while_others_go_on(folder: Path, backend: str):
         assert re.search(rf"CommError: .*worker 1 \(pid {pids[1]} .*(left|finished)", job.err), job.err
 
 
-@both
+@one_now("allreduce", "ps")
 def test_a_model_that_differs(folder: Path, backend: str):
     with started(folder, victims(backend, folder, fault="model")) as job:
         assert job.ends(30) == 76
@@ -195,22 +195,26 @@ def test_ctrl_c_while_workers_start(folder: Path, after_s: float):
 
 
 GRANDCHILD = """
-import os, subprocess, sys, time, dtrain
+import subprocess, sys, time
+from pathlib import Path
+import dtrain
 from dtrain.comm import collectives
+from tests.faults.victim import note
 comm = dtrain.connect()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
 for step in range(10**9):
-    open(f"{sys.argv[1]}/{comm.rank}", "w").write(f"{os.getpid()} {step}")
+    note(Path(sys.argv[1], str(comm.rank)), step)
     collectives.barrier(comm)
     time.sleep(0.01)
 """
 
 
-@pytest.mark.parametrize("whom", ["worker", "launcher"])
+@pytest.mark.parametrize("whom", ["launcher", pytest.param("worker", marks=slow)])
 def test_what_a_worker_has_started_ends_too(folder: Path, whom: str):
     script = folder / "script.py"
     script.write_text(GRANDCHILD)
-    with started(folder, launch("ps", 2, str(script), str(folder))) as job:
+    here = str(VICTIM.parents[2])
+    with started(folder, launch("ps", 2, str(script), str(folder)), PYTHONPATH=here) as job:
         pids = job.await_steps(2)
         assert len(job.running()) == 6
         (job.process.kill if whom == "launcher" else psutil.Process(pids[1]).kill)()
