@@ -21,6 +21,7 @@ from dtrain import __version__, doctor, env, tables
 from dtrain.compare import compare, python_m_dtrain
 from dtrain.connect import check_backend, connect
 from dtrain.errors import DtrainError, UsageError
+from dtrain.hooks import finite
 from dtrain.jobs import launch
 from dtrain.jobs import run as run_job
 from dtrain.processes import end_with_launcher
@@ -184,14 +185,21 @@ class Compare(_Run):
         if not inside or env.resolve().rank == 0:
             sharing = {"global": "synchronised over workers", "worker": "each worker's own"}[self.norm_batch]
             print(f"Batch-norm statistics: {sharing} (--norm-batch {self.norm_batch}).", flush=True)
-        result = compare(self.spec(), backends, workers, folder, lambda b, s: self._command(argv, b, workers, s))
+        result = compare(
+            self.spec(),
+            backends,
+            workers,
+            folder,
+            lambda backend, spec: self._command(backend, workers, spec),
+            timeout_s=self.timeout_s,
+        )
         if result is not None and not self.quiet:
             print(f"\n{tables.comparison(result)}\nRun directories: {folder}", flush=True)
         if result is not None:
             _write_json(self.json, result)
         return 0
 
-    def _command(self, argv: Sequence[str], backend: str, workers: int, spec: RunSpec) -> list[str]:
+    def _command(self, backend: str, workers: int, spec: RunSpec) -> list[str]:
         """The `dtrain train` that makes one of the runs."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Run) if f.name not in ("recipe", "json")}
         fields |= {"micro_batch": spec.micro_batch, "norm_batch": self.norm_batch, "run_dir": spec.run_dir}
@@ -410,6 +418,7 @@ def _write_json(file: str | None, record: dict[str, Any]) -> None:
     if file is None:
         return
     try:
-        Path(file).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(finite(record), indent=1, allow_nan=False)
+        Path(file).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--json {file}: {error.strerror}") from error

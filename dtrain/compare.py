@@ -31,6 +31,8 @@ def compare(
     workers: int,
     folder: Path,
     command: Callable[[str, RunSpec], list[str]],
+    *,
+    timeout_s: float = 60.0,
 ) -> dict[str, Any] | None:
     """Run a recipe over each backend, from one seed, and compare what came out.
 
@@ -43,6 +45,7 @@ def compare(
         workers: of each backend but `solo`.
         folder: where the run directories go.
         command: command line of a run, for processes that are started here.
+        timeout_s: longest wait of a worker for another.
 
     Returns:
         The comparison, see `dtrain compare --help`; None on workers of a job other than the first.
@@ -56,9 +59,9 @@ def compare(
     for backend in sorted(backends, key=_is_alone) if env.in_job() else backends:
         one = _one(spec, backend, workers, folder / backend)
         if env.in_job():
-            _in_job(one, backend, workers)
+            _in_job(one, backend, workers, timeout_s)
         else:
-            _start(one, backend, workers, command)
+            _start(command(backend, one), backend, workers, timeout_s)
     if env.in_job() and env.resolve().rank > 0:
         return None
     return _compared(spec, backends, workers, folder)
@@ -72,19 +75,20 @@ def _one(spec: RunSpec, backend: str, workers: int, run_dir: Path) -> RunSpec:
     return dataclasses.replace(spec, micro_batch=micro, run_dir=str(run_dir), checkpoint_every="never")
 
 
-def _start(spec: RunSpec, backend: str, workers: int, command: Callable[[str, RunSpec], list[str]]) -> None:
-    alone = _is_alone(backend)
-    code = launch(command(backend, spec), workers=1 if alone else workers, backend="solo" if alone else backend)
+def _start(command: Sequence[str], backend: str, workers: int, timeout_s: float) -> None:
+    if _is_alone(backend):
+        workers, backend = 1, "solo"
+    code = launch(command, workers=workers, backend=backend, timeout_s=timeout_s)
     if code:
         raise SystemExit(code)
 
 
-def _in_job(spec: RunSpec, backend: str, workers: int) -> None:
+def _in_job(spec: RunSpec, backend: str, workers: int, timeout_s: float) -> None:
     place = env.resolve()
     if place.world_size != workers:
         raise UsageError(f"workers is {workers}, and this job has {place.world_size}: leave --workers out")
     if not _is_alone(backend):
-        comm = connect(backend)
+        comm = connect(backend, timeout_s=timeout_s)
         try:
             train(comm, spec)
         finally:

@@ -195,7 +195,7 @@ def _pump(name: str, source: IO[bytes], target: IO[str]) -> threading.Thread:
     def copy() -> None:
         for line in source:
             with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the child may go on
-                target.write(f"[{name}] {line.decode(errors='replace')}")
+                target.write(f"[{name}] {line.decode(errors='replace').rstrip(chr(10))}\n")
                 target.flush()
         source.close()
 

@@ -100,11 +100,40 @@ class RunSpec:
 
 
 def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
-    """Train a recipe as one worker of a job; the summary, the same on every worker."""
+    """Train a recipe as one worker of a job; the summary, the same on every worker.
+
+    Raises:
+        UsageError: what cannot be meant, a run directory that holds another run's checkpoints among it.
+        DataError: data or checkpoints that cannot be read.
+    """
     device = _device(comm, spec)
     if spec.resume and spec.run_dir is None:
         raise UsageError("--resume needs --run-dir: the directory of the run to go on with")
+    folder = None if spec.run_dir is None else Path(spec.run_dir)
+    if folder is not None and not spec.resume and checkpoint.steps(folder / "checkpoints"):
+        raise UsageError(f"{folder} has the checkpoints of an earlier run: give --resume, or another --run-dir")
     recipe = spec.build()
+    trainer = _trainer(comm, spec, recipe, device, folder)
+    if comm.rank == 0 and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "config.json", _asked_for(spec, trainer, comm, device))
+    resumed_step = trainer.resume(folder / "checkpoints") if spec.resume and folder else 0
+    samples_before = trainer.state.samples
+    started_s = time.perf_counter()
+    state = trainer.fit()
+    seconds = time.perf_counter() - started_s
+    if not trainer.records:
+        raise DataError(f"nothing to train: the checkpoint is at step {resumed_step} already")
+    trainer.replica.check()
+    summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
+    if comm.rank == 0 and folder is not None:
+        checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
+        _write(folder / "summary.json", summary)
+    collectives.barrier(comm)
+    return summary
+
+
+def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device, folder: Path | None) -> Trainer:
     model = recipe.model.to(device)
     config = spec.train_config(recipe)
     optimizer = recipe.optimizer(model.parameters())
@@ -121,8 +150,7 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
         num_workers=spec.num_data_workers,
     )
     steps = config.steps or (loader.steps_per_epoch or 0) * (config.epochs or 0)
-    folder = None if spec.run_dir is None else Path(spec.run_dir)
-    trainer = Trainer(
+    return Trainer(
         model,
         recipe.loss,
         optimizer,
@@ -133,24 +161,6 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
         hooks=_hooks(spec, recipe, comm, device, folder),
         update="first" if getattr(comm, "device", None) is not None else "all",
     )
-    if comm.rank == 0 and folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        buffers = [name for name, _ in model.named_buffers()]
-        _write(folder / "config.json", _asked_for(spec, config, loader, comm, device) | {"buffers": buffers})
-    resumed_step = trainer.resume(folder / "checkpoints") if spec.resume and folder else 0
-    samples_before = trainer.state.samples
-    started_s = time.perf_counter()
-    state = trainer.fit()
-    seconds = time.perf_counter() - started_s
-    if not trainer.records:
-        raise DataError(f"nothing to train: the checkpoint is at step {resumed_step} already")
-    trainer.replica.check()
-    summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
-    if comm.rank == 0 and folder is not None:
-        checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
-        _write(folder / "summary.json", summary)
-    collectives.barrier(comm)
-    return summary
 
 
 def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, folder: Path | None) -> list[Hook]:
@@ -198,11 +208,13 @@ def _device(comm: Backend, spec: RunSpec) -> torch.device:
     return device
 
 
-def _asked_for(spec: RunSpec, config: TrainConfig, data: Loader, comm: Backend, device: torch.device) -> dict[str, Any]:
+def _asked_for(spec: RunSpec, trainer: Trainer, comm: Backend, device: torch.device) -> dict[str, Any]:
+    """What was asked for, with what the recipe filled in; names of buffers, which are no weights."""
     return {
-        **{k: v for k, v in dataclasses.asdict(spec).items() if k not in dataclasses.asdict(config)},
-        **dataclasses.asdict(config),
-        "global_batch": data.global_batch,
+        **dataclasses.asdict(spec),
+        **dataclasses.asdict(trainer.config),
+        "global_batch": trainer.data.global_batch,
+        "buffers": [name for name, _ in trainer.model.named_buffers()],
         "backend": comm.name,
         "workers": comm.world_size,
         "device": str(device),

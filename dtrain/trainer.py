@@ -80,7 +80,7 @@ class Trainer:
         self.records: list[dict[str, float]] = []
         """Times and bytes of this worker's steps, see `dtrain.measure.Stopwatch`."""
         self._loss = loss
-        self._data = data
+        self.data = data
         self._update_by = update
         self._hooks = list(hooks)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -96,9 +96,9 @@ class Trainer:
         self.model.train()
         self._call("on_start")
         while not self._over():
-            for step in self._timed(self._data.epoch(self.state.epoch, self._step_in_epoch)):
+            for step in self._timed(self.data.epoch(self.state.epoch, self._step_in_epoch)):
                 self._train(step)
-                if self._over() and self._step_in_epoch != self._data.steps_per_epoch:
+                if self._over() and self._step_in_epoch != self.data.steps_per_epoch:
                     break
             else:
                 self._end_epoch()
@@ -231,7 +231,7 @@ class Trainer:
     def _total_steps(self) -> int | None:
         if self.config.steps is not None:
             return self.config.steps
-        per_epoch = self._data.steps_per_epoch
+        per_epoch = self.data.steps_per_epoch
         return None if per_epoch is None else per_epoch * (self.config.epochs or 0)
 
     def _end_epoch(self) -> None:
@@ -270,7 +270,7 @@ class Trainer:
 
     def _order(self) -> dict[str, int | None]:
         """What decides which samples a step has."""
-        data = self._data
+        data = self.data
         return {"global_batch": data.global_batch, "seed": data.seed, "num_samples": data.num_samples}
 
     def _check_order(self, saved: dict[str, int | None], path: Path) -> None:

@@ -133,7 +133,7 @@ def test_in_a_job_what_one_process_runs_alone_comes_last(tmp_path: Path, monkeyp
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert env.in_job()
-    monkeypatch.setattr(compare, "_in_job", lambda spec, backend, workers: order.append(backend))
+    monkeypatch.setattr(compare, "_in_job", lambda spec, backend, workers, timeout_s: order.append(backend))
     assert compare.compare(SPEC, ["solo", "ps", "threads", "allreduce"], 2, tmp_path, never) is None
     assert order == ["ps", "allreduce", "solo", "threads"]
 

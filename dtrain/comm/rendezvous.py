@@ -180,7 +180,7 @@ def _await_listener(host: str, port: int, timeout_s: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConnectError(
-                    f"nobody listens at tcp://{host}:{port} within {timeout_s:g} s ({error.strerror or error}): worker 0 "
-                    "keeps the store there; was it started, and with this address?"
+                    f"nobody listens at tcp://{host}:{port} within {timeout_s:g} s ({error.strerror or error}): "
+                    "worker 0 keeps the store there; was it started, and with this address?"
                 ) from error
         time.sleep(_POLL_S)
