@@ -1,4 +1,4 @@
-"""A training step over `allreduce` against torch's DistributedDataParallel: same model, data and gloo group, in one run.
+"""A training step over `allreduce` against torch's DistributedDataParallel: same model, data, gloo group, in one run.
 
     python benchmarks/step.py                     all cases, some minutes
     python benchmarks/step.py --quick --json F    one minute

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from dtrain import __version__, doctor, env, tables
 from dtrain.compare import compare, python_m_dtrain
@@ -26,90 +26,42 @@ from dtrain.jobs import launch
 from dtrain.jobs import run as run_job
 from dtrain.processes import end_with_launcher
 from dtrain.ps.server import Server
-from dtrain.runs import RunSpec
+from dtrain.runs import RunSpec, Task
 from dtrain.runs import train as train_run
-
-Recipe = Literal["digits", "fashion", "text", "synthetic"]
-Path_ = Annotated[str | None, arg(metavar="PATH")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What `train` and `compare` share."""
+class _Run(Task):
+    """What `train` and `compare` share beside the task."""
 
-    recipe: Positional[Recipe] = "digits"
-    """What to train: digits (scikit-learn's, a small CNN), fashion (Fashion-MNIST, ResNet-18), text (a character
-    language model), synthetic (random data, for throughput)."""
-    option: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE ...")] = ()
-    """Options of the recipe: `width=8` for fashion; `model=transformer hidden=128` for text and synthetic."""
-    data: Path_ = None
-    """Directory of the Fashion-MNIST files, or a UTF-8 text file."""
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
-    """Type of the parameters; float64 shows that backends agree to the last digits."""
-    device: str = "auto"
-    """auto (CUDA if there is any, worker by worker), cpu, cuda, cuda:N."""
-    global_batch: int | None = None
-    """Samples in one optimizer step, over all workers. Default: the recipe's."""
-    micro_batch: int | None = None
-    """Most samples of one forward of a worker; more are accumulated."""
-    epochs: int | None = None
-    """Passes over the data. Default: the recipe's."""
-    steps: int | None = None
-    """Optimizer steps, instead of epochs."""
-    lr: float | None = None
-    """Learning rate. Default: the recipe's."""
-    clip_grad_norm: float | None = None
-    """Largest norm of the global gradient."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Mixed precision."""
-    seed: int = 0
-    """Decides initial weights and the order of the data."""
-    bucket_mb: float = 8.0
-    """Size at which gradients are sent, in MiB."""
     timeout_s: float = 60.0
     """Longest wait of a worker for another, in seconds, before the job fails with the name of the late one."""
-    log_every: int = 10
-    """Steps between two records in metrics.jsonl."""
-    num_data_workers: int = 0
-    """Processes that fetch data ahead, for each worker."""
-    progress: bool = True
-    """Show a progress bar (on a terminal)."""
     quiet: bool = False
     """Print no table at the end."""
-    json: Annotated[str | None, arg(metavar="FILE")] = None
+    json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the figures to this file."""
 
     def spec(self, **more: Any) -> RunSpec:
         names = {f.name for f in dataclasses.fields(RunSpec)} & {f.name for f in dataclasses.fields(self)} - set(more)
-        return RunSpec(options=self.option, **{n: getattr(self, n) for n in names}, **more)
+        return RunSpec(**{n: getattr(self, n) for n in names}, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(_Run):
+class Train(RunSpec, _Run):
     """Train a recipe over one backend.
 
     Starts the workers (and the server) on this host, or joins the job when run under torchrun or `dtrain launch`.
     Leaves config.json, metrics.jsonl, summary.json, model.safetensors and checkpoints in its run directory.
     """
 
-    backend: str | None = None
+    backend: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """ps (parameter server), allreduce (gloo or NCCL), threads (workers in one process), solo (one worker). Default:
     DTRAIN_BACKEND, else ps."""
     workers: Annotated[int, arg(aliases=["-n"])] = 2
     """Number of workers; inside a job, the job's."""
-    norm_batch: Literal["worker", "global"] = "worker"
-    """Samples that share batch-norm statistics: those of each worker, or those of all."""
-    devices: Annotated[tuple[str, ...], arg(metavar="DEVICE ...")] = ()
+    devices: Annotated[tuple[str, ...], arg(metavar="DEVICE ...", help_behavior_hint="")] = ()
     """For threads: a device for each worker (cuda:0 cuda:1). Gradients are gathered and the update is made on the first
     one, and parameters are handed out from there, as in DataParallel."""
-    run_dir: Path_ = None
-    """Where the run's files go. Default: runs/RECIPE-BACKEND-TIME."""
-    checkpoint_every: str = "epoch"
-    """epoch, never, or a number of steps."""
-    resume: bool = False
-    """Go on from the newest checkpoint in --run-dir."""
-    tensorboard: bool = False
-    """Write scalars for TensorBoard into the run directory."""
 
     def run(self, argv: Sequence[str]) -> int:
         backend = self.backend or env.resolve().backend or "ps"
@@ -165,11 +117,11 @@ class Compare(_Run):
 
     backends: str = "ps,allreduce"
     """Names with commas between: solo, threads, ps, allreduce."""
-    workers: Annotated[int | None, arg(aliases=["-n"])] = None
+    workers: Annotated[int | None, arg(aliases=["-n"], metavar="N", help_behavior_hint="")] = None
     """Number of workers. Default: 2, or those of the job."""
     norm_batch: Literal["worker", "global"] = "global"
     """Samples that share batch-norm statistics: those of each worker, or those of all."""
-    run_dir: Path_ = None
+    run_dir: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
     """Where the runs' files go, a directory for each backend. Default: runs/compare-RECIPE-TIME."""
 
     def run(self, argv: Sequence[str]) -> int:
@@ -202,6 +154,7 @@ class Compare(_Run):
     def _command(self, backend: str, workers: int, spec: RunSpec) -> list[str]:
         """The `dtrain train` that makes one of the runs."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Run) if f.name not in ("recipe", "json")}
+        fields["option"] = fields.pop("options")
         fields |= {"micro_batch": spec.micro_batch, "norm_batch": self.norm_batch, "run_dir": spec.run_dir}
         fields |= {"backend": backend, "workers": workers, "checkpoint_every": "never", "quiet": True}
         return python_m_dtrain("train", self.recipe, *_flags(fields))
@@ -223,7 +176,7 @@ class Launch:
     """Number of servers for ps; one is supported."""
     timeout_s: float = 60.0
     """Longest wait of a worker for another, in seconds."""
-    threads: int | None = None
+    threads: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Processor threads of each worker. Default: the cores, shared out."""
 
     def run(self, argv: Sequence[str], command: Sequence[str] = ()) -> int:
@@ -250,10 +203,10 @@ class ServerCommand:
     Workers find it by DTRAIN_SERVERS, or connect(server=...). It ends when all workers have left.
     """
 
-    bind: str | None = None
+    bind: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="")] = None
     """ipc:///path or tcp://host:port; port 0 takes a free one, which is printed. Default: from DMLC_PS_ROOT_URI and
     DMLC_PS_ROOT_PORT."""
-    workers: Annotated[int | None, arg(aliases=["-n"])] = None
+    workers: Annotated[int | None, arg(aliases=["-n"], metavar="N", help_behavior_hint="")] = None
     """How many workers take part. Default: from DMLC_NUM_WORKER."""
     timeout_s: float = 60.0
     """How long a round waits for its last worker, in seconds."""
@@ -291,7 +244,7 @@ class ServerCommand:
 class Doctor:
     """What is here (torch, gloo, NCCL, shared memory, cores, interfaces), and what would go wrong."""
 
-    json: Annotated[str | None, arg(metavar="FILE")] = None
+    json: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the facts to this file."""
 
     def run(self, argv: Sequence[str]) -> int:

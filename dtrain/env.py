@@ -74,9 +74,7 @@ class Place:
 
     def __post_init__(self) -> None:
         if self.role not in ("worker", "server"):
-            raise UsageError(
-                f"role is {self.role!r}: it is worker or server; dtrain needs no scheduler"
-            )
+            raise UsageError(f"role is {self.role!r}: it is worker or server; dtrain needs no scheduler")
         if self.world_size < 1:
             raise UsageError(f"world_size is {self.world_size}: a job has at least one worker")
         if not 0 <= self.rank < self.world_size:

@@ -194,8 +194,9 @@ def _pump(name: str, source: IO[bytes], target: IO[str]) -> threading.Thread:
 
     def copy() -> None:
         for line in source:
+            text = line.decode(errors="replace").removesuffix("\n")  # the last one may lack it
             with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the child may go on
-                target.write(f"[{name}] {line.decode(errors='replace').rstrip(chr(10))}\n")
+                target.write(f"[{name}] {text}\n")
                 target.flush()
         source.close()
 

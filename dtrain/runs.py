@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from tyro.conf import Positional, arg
 
 from dtrain import checkpoint, env, recipes
 from dtrain.comm import collectives
@@ -32,6 +33,12 @@ from dtrain.measure import summarise
 from dtrain.recipes import Recipe
 from dtrain.trainer import Trainer
 
+Name = Literal["digits", "fashion", "text", "synthetic"]
+
+_Place = Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")]
+_Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+_Amount = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
+
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -41,31 +48,60 @@ DTYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSpec:
-    """What a run of a recipe is told. None: as the recipe has it."""
+class Task:
+    """What is trained, and how. Flags of the commands too: the text under each field is its help."""
 
-    recipe: str
-    options: tuple[str, ...] = ()
-    data: str | None = None
-    dtype: str = "float32"
+    recipe: Positional[Name] = "digits"
+    """What to train: digits (scikit-learn's, a small CNN), fashion (Fashion-MNIST, ResNet-18), text (a character
+    language model), synthetic (random data, for throughput)."""
+    options: Annotated[tuple[str, ...], arg(name="option", metavar="NAME=VALUE ...", help_behavior_hint="")] = ()
+    """Options of the recipe: `width=8` for fashion; `model=transformer hidden=128` for text and synthetic."""
+    data: _Place = None
+    """Directory of the Fashion-MNIST files, or a UTF-8 text file."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Type of the parameters; float64 shows that backends agree to the last digits."""
     device: str = "auto"
-    global_batch: int | None = None
-    micro_batch: int | None = None
-    epochs: int | None = None
-    steps: int | None = None
-    lr: float | None = None
-    clip_grad_norm: float | None = None
+    """auto (CUDA if there is any, worker by worker), cpu, cuda, cuda:N."""
+    global_batch: _Count = None
+    """Samples in one optimizer step, over all workers. Default: the recipe's."""
+    micro_batch: _Count = None
+    """Most samples of one forward of a worker; more are accumulated."""
+    epochs: _Count = None
+    """Passes over the data. Default: the recipe's."""
+    steps: _Count = None
+    """Optimizer steps, instead of epochs."""
+    lr: _Amount = None
+    """Learning rate. Default: the recipe's."""
+    clip_grad_norm: _Amount = None
+    """Largest norm of the global gradient."""
     amp: Literal["off", "bf16", "fp16"] = "off"
-    norm_batch: Literal["worker", "global"] = "worker"
+    """Mixed precision."""
     seed: int = 0
+    """Decides initial weights and the order of the data."""
     bucket_mb: float = 8.0
+    """Size at which gradients are sent, in MiB."""
     log_every: int = 10
+    """Steps between two records in metrics.jsonl."""
     num_data_workers: int = 0
-    run_dir: str | None = None
-    checkpoint_every: str = "epoch"
-    resume: bool = False
-    tensorboard: bool = False
+    """Processes that fetch data ahead, for each worker."""
     progress: bool = True
+    """Show a progress bar (on a terminal)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(Task):
+    """One run of a task."""
+
+    norm_batch: Literal["worker", "global"] = "worker"
+    """Samples that share batch-norm statistics: those of each worker, or those of all."""
+    run_dir: _Place = None
+    """Where the run's files go. Default: runs/RECIPE-BACKEND-TIME."""
+    checkpoint_every: str = "epoch"
+    """epoch, never, or a number of steps."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --run-dir."""
+    tensorboard: bool = False
+    """Write scalars for TensorBoard into the run directory."""
 
     def build(self) -> Recipe:
         """The recipe, with its data.

@@ -262,6 +262,7 @@ def test_launch_with_a_reader_that_goes_away(tmp_path: Path):
     assert (tmp_path / "done").read_text() == "yes"
 
 
+@pytest.mark.slow
 def test_train_in_processes(tmp_path: Path):
     """A few steps from the outside: files, figures, exit code."""
     run, figures = tmp_path / "run", tmp_path / "figures.json"

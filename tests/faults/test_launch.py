@@ -78,7 +78,8 @@ def test_kill_9_of_the_launcher(folder: Path, backend: str):
         assert "the launcher is gone; stopping" in job.err
 
 
-@one_now("ps", "allreduce")
+@slow
+@both
 def test_kill_9_of_the_launcher_while_workers_start(folder: Path, backend: str):
     with started(folder, victims(backend, folder)) as job:
         while len(job.running()) < 3:
@@ -107,7 +108,8 @@ def test_sigstop_of_the_server(folder: Path):
         assert f"dtrain: server (pid {server}) was stopped (SIGSTOP)" in launchers_line(job)
 
 
-@one_now("allreduce", "ps")
+@slow
+@both
 def test_a_worker_that_makes_no_progress(folder: Path, backend: str):
     with started(folder, victims(backend, folder, fault="stuck", timeout_s=2)) as job:
         pids = job.await_steps(2, step=5)
@@ -127,7 +129,8 @@ def test_an_exception_in_a_worker(folder: Path, backend: str):
         assert re.search(rf"CommError: .*worker 1 \(pid {pids[1]} .*Boom: a bad batch", job.err)
 
 
-@one_now("ps", "allreduce")
+@slow
+@both
 def test_sys_exit_in_a_worker(folder: Path, backend: str):
     with started(folder, victims(backend, folder, fault="exit")) as job:
         pids = job.await_steps(2, step=5)
@@ -135,7 +138,7 @@ def test_sys_exit_in_a_worker(folder: Path, backend: str):
         assert f"dtrain: worker 1 (pid {pids[1]}) ended with exit code 3" in launchers_line(job)
 
 
-@both
+@one_now("allreduce", "ps")
 def test_a_worker_that_leaves_while_others_go_on(folder: Path, backend: str):
     with started(folder, victims(backend, folder, fault="leave")) as job:
         pids = job.await_steps(2, step=5)
