@@ -47,5 +47,6 @@ $(READY):
 	@test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo '$(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv' >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	@echo 'Installing dtrain and its tools into .venv (a minute or two the first time) ...'
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -e '.[dev]'
 	@rm -f .venv/.ready-* && touch $@
