@@ -25,6 +25,12 @@ from tests.conftest import everywhere
 PROCESSES = ["ps", "allreduce"]
 
 
+@pytest.fixture(autouse=True, params=[4.0, 1e-6], ids=["in-buckets", "direct"])
+def sent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: small gradients travel in buckets; and each from where it lies, as large ones do."""
+    monkeypatch.setitem(replicate.__kwdefaults__, "direct_mb", request.param)
+
+
 def on_threads(fn: Callable[[Backend], Any], workers: int = 2) -> list[Any]:
     return everywhere(fn, backend="threads", workers=workers, timeout_s=5.0)
 

@@ -38,7 +38,8 @@ class Case:
     tell_total: bool = True
     clip: float | None = None
     optimizer: str = "sgd"
-    bucket_mb: float = 25.0
+    bucket_mb: float = 8.0
+    direct_mb: float = 4.0
     part_bytes: int | None = None
     sleep_seed: int | None = None
     epochs: int = 2
@@ -63,6 +64,7 @@ CASES = {
     "momentum": Case(optimizer="momentum", shares=(1, 5, 2)),
     "adamw": Case(optimizer="adamw", shares=(1, 5, 2), epochs=3),
     "many buckets": Case(model="cnn", bucket_mb=1e-4),
+    "sent from where they lie": Case(model="cnn", shares=(1, 5, 2), pieces=(2, 1), direct_mb=1e-6),
 }
 
 BITWISE = {
@@ -139,7 +141,8 @@ def train(comm: Backend, case: Case) -> dict[str, Any]:
     """Parameters and buffers after training with dtrain."""
     torch.manual_seed(0 if comm.rank == 0 else 1000 + comm.rank)  # worker 0's initial values count
     model = model_of(case, comm)
-    replica = replicate(model, comm, bucket_mb=case.bucket_mb, first_bucket_mb=min(1.0, case.bucket_mb))
+    first_mb = min(1.0, case.bucket_mb)
+    replica = replicate(model, comm, bucket_mb=case.bucket_mb, first_bucket_mb=first_mb, direct_mb=case.direct_mb)
     optimizer = optimizer_of(case, model)
     x, y = samples(case.dtype)
     pauses = None if case.sleep_seed is None else random.Random(case.sleep_seed * 100 + comm.rank)
