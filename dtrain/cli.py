@@ -355,6 +355,9 @@ def _flags(fields: dict[str, Any]) -> list[str]:
 
 
 def _new_run_dir(what: str, backend: str) -> str:
+    """A directory of this run's own. Worker 0 writes for all: elsewhere it is a name, and is not made."""
+    if env.in_job() and env.resolve().rank > 0:
+        return "runs/worker-0-only"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = "-".join(part for part in (what, backend, stamp) if part)
     Path("runs").mkdir(exist_ok=True)
