@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dtrain.buckets import Bucket, Direct, Message, Plan, describe, plan
+from dtrain.buckets import describe
 from dtrain.comm import collectives
-from dtrain.comm.base import Backend, PrimaryHost, Work
+from dtrain.comm.base import Backend, PrimaryHost
 from dtrain.errors import LayoutError, UsageError
+from dtrain.exchange import Exchange
+from dtrain.weights import StepWeights
 
 _replicas: weakref.WeakSet[Replica] = weakref.WeakSet()
 
@@ -70,29 +72,22 @@ class Replica:
         self.comm = comm
         self.updates = update == "all" or comm.rank == 0
         self._model = model
-        self._primary = comm if update == "first" and isinstance(comm, PrimaryHost) else None
-        self._sizes = dict(zip(("bucket_bytes", "first_bytes", "direct_bytes"), sizes_bytes, strict=True))
         self._named = [(_plain(name), p) for name, p in model.named_parameters()]
         self._ids = {id(p) for _, p in self._named}
+        primary = comm if update == "first" and isinstance(comm, PrimaryHost) else None
+        sizes = dict(zip(("bucket_bytes", "first_bytes", "direct_bytes"), sizes_bytes, strict=True))
+        self._exchange = Exchange(comm, self._named, sizes=sizes, primary=primary)
+        self._carries_over = primary is not None and comm.rank == 0
+        self._weights = StepWeights(comm, [p for _, p in self._named])
         self._hooks: list[Any] = [model.register_forward_pre_hook(_BeforeForward(self))]
         self._hooked: set[int] = set()
         self._trainable: tuple[bool, ...] = ()
         self._sync = True
         self._forward_synced = True
         self._unreduced = False  # .grad holds what only this worker knows
-        self._given: tuple[bool, bool] | None = None  # whether this step's micro-batches had samples= and total=
-        self._fresh = True  # whether the step began without gradients
-        self._samples = 0.0  # of this step's micro-batches, total unknown
         self._scale = 1.0 / comm.world_size
         self._explicit = False
-        self._running = False
         self._alive: weakref.ref[Any] | None = None  # dies with the backward that runs, however it ends
-        self._gathered: set[int] = set()  # update="first", worker 0: parameters whose .grad is the global one
-        self._messages: list[Message] = []
-        self._works: list[tuple[Message, list[int], Work]] = []
-        self._where: dict[int, tuple[Message, int]] = {}
-        self._flag_of: dict[int, int] = {}
-        self._flags = torch.empty(0)  # for each trainable parameter, how many workers have a gradient for it
         self._agree_all()
         if self._named:
             self._refresh()
@@ -126,7 +121,7 @@ class Replica:
         """
         sync = sync and self._sync
         self._drop_stale()
-        factor, scale = self._weights(samples, total, sync)
+        factor, scale = self._weights.of(samples, total, sync=sync)
         was, self._sync = self._sync, sync
         self._explicit, self._scale, self._alive = True, scale, None
         try:
@@ -135,7 +130,7 @@ class Replica:
                 weighted = torch.nan_to_num(loss) * 0.0 if samples == 0 else loss * factor
                 weighted.backward()
             if sync:
-                if not self._running:
+                if not self._exchange.running:
                     self._begin()
                 self._finish()
             else:
@@ -157,18 +152,7 @@ class Replica:
 
     def publish(self) -> None:
         """With `update="first"`: everyone's parameters become worker 0's, after its step. Else nothing."""
-        if self._primary is None:
-            return
-        works = []
-        with torch.no_grad():
-            for number, parameters in enumerate(m.parameters for m in self._messages if m.parameters):
-                flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-                works.append((parameters, flat, self._primary.send_first(flat, f"gradient/parameters{number}")))
-            for parameters, flat, work in works:
-                work.wait()
-                parts = flat.split([p.numel() for p in parameters])
-                for parameter, part in zip(parameters, parts, strict=True):
-                    parameter.copy_(part.view(parameter.shape))
+        self._exchange.publish()
 
     def check(self, *, buffers: bool = False) -> None:
         """Compare parameters over workers, by checksum.
@@ -192,53 +176,6 @@ class Replica:
         self._hooked.clear()
         _replicas.discard(self)
 
-    # -- weights ------------------------------------------------------------------------------------------------------
-
-    def _weights(self, samples: float | None, total: float | None, sync: bool) -> tuple[float, float]:
-        """(factor on the loss, scale on the gradient as it is packed).
-
-        The factor is the same multiple of `samples` on all workers, or batch-norm messages would not add up. A global
-        gradient that `.grad` already holds survives a mean over workers, but no other scale; where there is none, the
-        loss takes the whole weight and gradients need no pass to be scaled.
-        """
-        world = self.comm.world_size
-        if samples is None and total is not None:
-            raise UsageError(f"total is {total} and samples is not given: give both")
-        if samples is not None and (samples < 0 or (total is not None and (total <= 0 or samples > total))):
-            raise UsageError(f"samples is {samples}, total {total}: samples run from 0 to total, and total is above 0")
-        self._go_on((samples is not None, total is not None), sync)
-        if samples is None:
-            return 1.0, 1.0 / world
-        if total is not None:
-            return (samples / total, 1.0) if self._fresh else (world * samples / total, 1.0 / world)
-        if not sync:
-            self._samples += samples
-            return float(samples), 1.0
-        everyone = collectives.sum_numbers(self.comm, [self._samples + samples], "metric/samples")[0]
-        if everyone <= 0:
-            raise UsageError("samples is 0 on every worker: a step needs at least one sample")
-        if self._given is not None:
-            return float(samples), 1.0 / everyone
-        return (samples / everyone, 1.0) if self._fresh else (world * samples / everyone, 1.0 / world)
-
-    def _go_on(self, given: tuple[bool, bool], sync: bool) -> None:
-        """Make sure that this backward can be added to those before it in the step."""
-        fresh = all(p.grad is None for _, p in self._named)
-        if fresh:  # whatever was begun before zero_grad() is forgotten
-            self._given, self._samples = None, 0.0
-        if self._given not in (None, given):
-            raise UsageError("give samples= and total= with every backward of a step, or with none")
-        if self._given is None:
-            self._fresh = fresh
-        if sync:
-            return
-        unknown = given == (True, False) and self._given is None
-        if unknown and not fresh and any(p.grad.any() for _, p in self._named if p.grad is not None):
-            raise UsageError(
-                "backward(samples=, sync=False) on top of earlier gradients: call zero_grad() first, or give total="
-            )
-        self._given = given
-
     # -- the course of a backward -------------------------------------------------------------------------------------
 
     def before_forward(self) -> None:
@@ -252,118 +189,50 @@ class Replica:
         """A parameter has its gradient."""
         if not self._sync:
             if not self._explicit:
-                self._go_on((False, False), sync=False)
+                self._weights.go_on((False, False), sync=False)
             self._unreduced = True
             return
         self._drop_stale()
-        if not self._running:
+        if not self._exchange.running:
             self._begin()
-        if index not in self._where:
-            raise UsageError(f"{self._named[index][0]} was unfrozen after the forward: unfreeze before it")
-        message, slot = self._where[index]
-        message.put(slot, self._scale)
-        self._send_full()
+        self._exchange.put(index, self._scale)
 
     def _begin(self) -> None:
         if not self._forward_synced and not self._explicit:
             self._forward_synced = True
             raise UsageError("a forward ran under no_sync() and its backward outside: put both inside, or both outside")
         if not self._explicit:
-            if self._given not in (None, (False, False)):
-                raise UsageError("give samples= and total= with every backward of a step, or with none")
+            self._weights.refuse_mixture((False, False))
             # The engine forgets the callback when backward ends, even where an exception ends it and nothing is called.
             finish = functools.partial(self._finish)
             torch.autograd.Variable._execution_engine.queue_callback(finish)
             self._alive = weakref.ref(finish)
-        self._running = self._unreduced = True
-        self._works = []
-        for message in self._messages:
-            message.reset()
-
-    def _send_full(self) -> None:
-        while len(self._works) < len(self._messages) and self._messages[len(self._works)].full:
-            self._send_next()
-
-    def _send_next(self) -> None:
-        """Messages leave in their order, on every worker the same; the last one has the flags."""
-        number = len(self._works)
-        message = self._messages[number]
-        self._spread(self._gathered.intersection(message.missing_members))
-        absent = [message.members[slot] for slot in message.seal(self._scale)]
-        if number == len(self._messages) - 1:
-            self._raise_flags([*(i for _, missing, _ in self._works for i in missing), *absent])
-        start = self._primary.gather_sum if self._primary else self.comm.all_reduce
-        self._works.append((message, absent, start(message.flat, f"gradient/{number}")))
-
-    @torch.no_grad()
-    def _raise_flags(self, absent: list[int]) -> None:
-        self._flags.fill_(1)
-        for index in absent:
-            self._flags[self._flag_of[index]] = 0
+        self._unreduced = True
+        self._exchange.begin()
 
     def _finish(self) -> None:
-        """Backward has ended here: send what is left, and wait for everything."""
+        """Backward has ended here."""
         try:
-            while len(self._works) < len(self._messages):
-                self._send_next()
-            for _, _, work in self._works:
-                work.wait()
-            self._grant([index for _, absent, _ in self._works for index in absent])
+            self._exchange.finish(self._scale)
         except BaseException:
             self._abandon()
             raise
-        self._end()
+        self._weights.reset()
         self._unreduced = False
-        if self._primary:
-            self._keep_on_first()
-
-    def _grant(self, absent: list[int]) -> None:
-        """Parameters that only other workers used get their gradient; those that nobody used have none."""
-        used = self._flags.tolist() if absent else []  # where all are used, a device need not be waited for
-        for index in absent:
-            if used[self._flag_of[index]]:
-                message, slot = self._where[index]
-                message.grant(slot)
-
-    def _end(self) -> None:
-        self._running = False
-        self._works = []
-        if self._sync:
-            self._given, self._samples = None, 0.0
 
     def _abandon(self) -> None:
-        """A backward has failed. What it has sent is still under way: its memory is left to it."""
-        in_flight = [message for message, _, _ in self._works]
-        self._end()
-        if in_flight:
-            for message in in_flight:
-                message.abandon()
-            self._lay_out()
+        """A backward has failed."""
+        if self._sync:
+            self._weights.reset()
+        self._exchange.abandon()
 
     def _drop_stale(self) -> None:
-        if self._running and self._alive is not None and self._alive() is None:
+        if self._exchange.running and self._alive is not None and self._alive() is None:
             self._abandon()
-
-    def _keep_on_first(self) -> None:
-        """`update="first"`: worker 0 alone has the gradient; the others' is part of it by now."""
-        if self.updates:
-            self._gathered = {i for i, (_, p) in enumerate(self._named) if p.grad is not None}
-            return
-        for _, parameter in self._named:
-            parameter.grad = None
-
-    def _spread(self, indices: Iterable[int]) -> None:
-        """`update="first"`, worker 0: let the global gradient survive the next mean, where the others have nothing."""
-        for index in list(indices):
-            gradient = self._named[index][1].grad
-            self._gathered.discard(index)
-            if gradient is not None:
-                gradient.mul_(self.comm.world_size)
 
     def _before_ready(self, index: int, _: Tensor) -> None:
         """A parameter is about to get another gradient."""
-        if index in self._gathered:
-            self._spread([index])
+        self._exchange.before_put(index)
 
     # -- layout -------------------------------------------------------------------------------------------------------
 
@@ -380,39 +249,16 @@ class Replica:
 
     @_disable_dynamo  # torch.compile is not to look into the transfers
     def _refresh(self) -> None:
-        """The set of parameters that require a gradient has changed."""
+        """The set of parameters that require a gradient has changed: new messages, and hooks where there are none."""
         named = [np for np in self._named if np[1].requires_grad]
         collectives.agree(self.comm, describe(named), "trainable parameters")
         self._trainable = tuple(p.requires_grad for _, p in self._named)
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        """New buckets, and hooks on the parameters that have none yet."""
-        plans = plan(self._named, **self._sizes)
-        self._messages, self._where = [], {}
-        for number, one in enumerate(plans):
-            message = self._message(one, number, flags=len(plans) - 1 == number)
-            self._messages.append(message)
-            self._where.update({index: (message, slot) for slot, index in enumerate(one.members)})
-        self._flag_of = {index: position for position, index in enumerate(self._where)}
-        for index in set(self._where) - self._hooked:
+        for index in set(self._exchange.lay_out()) - self._hooked:
             parameter: Parameter = self._named[index][1]
             self._hooks.append(parameter.register_post_accumulate_grad_hook(_weakly(self._ready, index)))
-            if self._primary and self.updates:
+            if self._carries_over:
                 self._hooks.append(parameter.register_hook(_weakly(self._before_ready, index)))
             self._hooked.add(index)
-
-    def _message(self, one: Plan, number: int, *, flags: bool) -> Message:
-        if one.direct:
-            return Direct(one, self._named)
-        trainable = sum(p.requires_grad for _, p in self._named)
-        empty = functools.partial(self._empty, f"gradient/{number}")
-        bucket = Bucket(one, self._named, empty, flags=trainable if flags else 0)
-        self._flags = bucket.flags
-        return bucket
-
-    def _empty(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.comm.empty(numel, dtype, key, device)
 
     # -- misuse -------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ FLOORS = [
     {"hooks"},
     {"evaluate", "snapshot"},
     {"replica", "jobs"},
+    {"exchange", "weights"},  # what a replica is made of
     {"connect"},
     {"recipes", "measure", "largebatch", "norm", "ps"},
     {"comm"},
