@@ -22,8 +22,8 @@ from dtrain.compare import compare, python_m_dtrain
 from dtrain.connect import check_backend, connect
 from dtrain.errors import DtrainError, UsageError
 from dtrain.hooks import finite
-from dtrain.jobs import launch
 from dtrain.jobs import run as run_job
+from dtrain.launcher import launch
 from dtrain.processes import end_with_launcher
 from dtrain.ps.server import Server
 from dtrain.runs import RunSpec, Task

@@ -15,8 +15,8 @@ import torch
 from dtrain import checkpoint, env
 from dtrain.connect import connect
 from dtrain.errors import DataError, UsageError
-from dtrain.jobs import launch
 from dtrain.jobs import run as run_job
+from dtrain.launcher import launch
 from dtrain.runs import RunSpec, train
 
 _KEPT = (

@@ -21,7 +21,7 @@ FLOORS = [
     {"trainer"},
     {"hooks"},
     {"evaluate", "snapshot"},
-    {"replica", "jobs"},
+    {"replica", "jobs", "launcher"},
     {"exchange", "weights"},  # what a replica is made of
     {"connect"},
     {"recipes", "measure", "largebatch", "norm", "ps"},
