@@ -7,6 +7,7 @@ from dtrain.connect import connect
 from dtrain.data import Loader
 from dtrain.errors import CommError, DtrainError
 from dtrain.evaluate import evaluate
+from dtrain.hooks import Hook, State
 from dtrain.jobs import run
 from dtrain.replica import Replica, replicate
 from dtrain.trainer import Trainer
@@ -17,8 +18,10 @@ __all__ = [
     "Backend",
     "CommError",
     "DtrainError",
+    "Hook",
     "Loader",
     "Replica",
+    "State",
     "TrainConfig",
     "Trainer",
     "connect",

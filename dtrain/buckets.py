@@ -34,8 +34,12 @@ class Plan:
 
 
 def describe(named: Sequence[tuple[str, Tensor]]) -> list[str]:
-    """One line a tensor, `name (shape) type`: what workers must agree on."""
-    return [f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in named]
+    """One line a tensor, `name (shape) type`, and strides where they are unusual: what workers must agree on."""
+    return [
+        f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+        + ("" if t.is_contiguous() else f" strides {t.stride()}")
+        for name, t in named
+    ]
 
 
 def plan(named: Named, *, bucket_bytes: int, first_bytes: int, direct_bytes: int = 0) -> list[Plan]:
@@ -116,6 +120,10 @@ class Message:
             return
         if gradient.layout is not torch.strided:
             raise UsageError(f"{self.names[slot]} has a sparse gradient: build the layer with sparse=False")
+        if gradient.requires_grad:
+            raise UsageError(
+                f"{self.names[slot]}: backward(create_graph=True) is not summed over workers; use torch.autograd.grad"
+            )
         self._missing.remove(slot)
         self._take(slot, gradient, scale)
 
@@ -140,6 +148,9 @@ class Message:
     def grant(self, slot: int) -> None:
         """Give a parameter that only other workers used its gradient, after the sum."""
         raise NotImplementedError
+
+    def release(self) -> None:
+        """The sum is in place: keep no memory that the gradient's owner may want to free."""
 
     def abandon(self) -> None:
         """Leave the memory to a transfer that nobody waits for any more."""
@@ -167,14 +178,14 @@ class Bucket(Message):
         sizes = [p.numel() for p in self.parameters]
         self.flat = empty(sum(sizes) + flags, plan.dtype, plan.device)
         *parts, self.flags = self.flat.split([*sizes, flags])
-        self._views = [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        self._views = [_like(part, p) for part, p in zip(parts, self.parameters, strict=True)]
 
     def grant(self, slot: int) -> None:
         self.parameters[slot].grad = self._views[slot]
 
     def _take(self, slot: int, gradient: Tensor, scale: float) -> None:
         view = self._views[slot]
-        if gradient.data_ptr() == view.data_ptr() and gradient.shape == view.shape:
+        if gradient.data_ptr() == view.data_ptr() and gradient.stride() == view.stride():
             view.mul_(scale)
         else:
             torch.mul(gradient, scale, out=view)
@@ -185,21 +196,54 @@ class Bucket(Message):
 
 
 class Direct(Message):
-    """One large gradient, summed where autograd has put it."""
+    """One large gradient, summed where autograd has put it, if nobody else reads that memory."""
 
     def grant(self, slot: int) -> None:
-        self.parameters[slot].grad = self.flat.view(self.parameters[slot].shape)
+        self.parameters[slot].grad = _like(self.flat, self.parameters[slot])
+
+    def release(self) -> None:
+        self.flat = self.flat.new_empty(0)
 
     def _take(self, slot: int, gradient: Tensor, scale: float) -> None:
-        if not gradient.is_contiguous():
-            gradient = gradient.contiguous()
-            self.parameters[slot].grad = gradient
+        parameter = self.parameters[slot]
+        if not _exclusive(gradient) or gradient.stride() != _strides(parameter):
+            self.flat = gradient.new_empty(gradient.numel())
+            own = _like(self.flat, parameter)
+            torch.mul(gradient, scale, out=own)
+            parameter.grad = own
+            return
         if scale != 1.0:
             gradient.mul_(scale)
-        self.flat = gradient.view(-1)
+        self.flat = gradient.as_strided((gradient.numel(),), (1,))
 
     def _blank(self, slot: int) -> None:
-        self.flat = torch.zeros_like(self.parameters[slot], memory_format=torch.contiguous_format).view(-1)
+        parameter = self.parameters[slot]
+        self.flat = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+
+
+def _strides(parameter: Tensor) -> tuple[int, ...]:
+    """Strides of its gradient: its own, where they leave no gaps; torch's fused optimizers count on equal ones."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(parameter.stride(), parameter.shape, strict=True) if si > 1):
+        if stride != expected:
+            return torch.empty(parameter.shape, device="meta").stride()
+        expected *= size
+    return parameter.stride()
+
+
+def _like(flat: Tensor, parameter: Tensor) -> Tensor:
+    """A flat tensor seen in the shape and strides of a parameter."""
+    return flat.as_strided(parameter.shape, _strides(parameter))
+
+
+def _exclusive(tensor: Tensor) -> bool:
+    """Whether no other tensor lies in the same memory.
+
+    Autograd hands over gradients that are views: of a tensor that backward still reads, or that is another parameter's
+    gradient too. There is no public way to see it; without the private one, memory counts as shared.
+    """
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count is not None and bool(count(tensor.untyped_storage()._cdata) <= 2)  # this tensor, and the question
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -153,7 +153,8 @@ def load(root: Path, step: int | None = None) -> Checkpoint:
     wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
     if failures:
         raise DataError(f"{root}: no valid {wanted}: {'; '.join(map(str, failures))}")
-    raise DataError(f"{root}: no {wanted} here; committed steps: {steps(root) or 'none'}")
+    remedy = "; to begin a new run, leave out --resume" if step is None else ""
+    raise DataError(f"{root}: no {wanted} here; committed steps: {steps(root) or 'none'}{remedy}")
 
 
 def steps(root: Path) -> list[int]:

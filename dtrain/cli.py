@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import signal
@@ -24,9 +25,9 @@ from dtrain.errors import DtrainError, UsageError
 from dtrain.hooks import finite
 from dtrain.jobs import run as run_job
 from dtrain.launcher import launch
-from dtrain.processes import end_with_launcher
+from dtrain.processes import end_with_launcher, leave_word
 from dtrain.ps.server import Server
-from dtrain.runs import RunSpec, Task
+from dtrain.runs import RunSpec, Task, check, check_place
 from dtrain.runs import train as train_run
 
 
@@ -67,16 +68,20 @@ class Train(RunSpec, _Run):
         backend = self.backend or env.resolve().backend or "ps"
         check_backend(backend)
         _check_json(self.json)
+        if self.workers < 1:
+            raise UsageError(f"workers is {self.workers}: a job has at least one")
+        if self.devices and backend != "threads":
+            raise UsageError(f"--devices goes with --backend threads, not {backend}; see --device")
         if backend in ("solo", "threads") or env.in_job():
             return self._work(backend)
+        check(self.spec(), self.workers)
         run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
         command = python_m_dtrain(*argv, "--run-dir", run_dir)
         return launch(command, workers=self.workers, backend=backend, timeout_s=self.timeout_s)
 
     def _work(self, backend: str) -> int:
         """Train, as one worker or as all of them in this process."""
-        if self.devices and backend != "threads":
-            raise UsageError(f"--devices goes with --backend threads, not {backend}; see --device")
+        check_place(self.spec())
         run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
         spec = self.spec(run_dir=run_dir)
         if backend in ("solo", "threads"):
@@ -133,6 +138,8 @@ class Compare(_Run):
         for backend in backends:
             check_backend(backend)
         _check_json(self.json)
+        if len(backends) > 1 and not inside:
+            check(self.spec(), workers)
         folder = Path(self.run_dir or _new_run_dir(f"compare-{self.recipe}", ""))
         if not inside or env.resolve().rank == 0:
             sharing = {"global": "synchronised over workers", "worker": "each worker's own"}[self.norm_batch]
@@ -162,7 +169,9 @@ class Compare(_Run):
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """Run a script of your own as n workers on this host: dtrain launch -n 4 --backend ps script.py --its-own --flags.
+    """dtrain launch [OPTIONS] SCRIPT [ARGS]: run a script of your own as n workers on this host.
+
+    For example: dtrain launch -n 4 --backend ps script.py --its-own --flags
 
     The script calls dtrain.connect(). Worker 0 prints here, the others with their name before each line. When one
     fails, the rest is ended and the one that failed first is named; nothing stays behind on Ctrl-C.
@@ -185,7 +194,13 @@ class Launch:
         check_backend(self.backend)
         if self.workers < 1 or self.servers != 1:
             raise UsageError(f"workers is {self.workers}, servers {self.servers}: one worker or more, and one server")
+        if self.backend == "threads":
+            raise UsageError("backend is threads, which needs no processes: call dtrain.run(fn, workers=n) in a script")
+        if self.backend == "solo" and self.workers > 1:
+            raise UsageError(f"backend solo is a world of one, and workers is {self.workers}: give -n 1")
         if command[0].endswith(".py"):
+            if not Path(command[0]).is_file():
+                raise UsageError(f"{command[0]}: there is no such script in {Path.cwd()}: give its path")
             command = [sys.executable, *command]
         return launch(
             command,
@@ -235,6 +250,11 @@ class ServerCommand:
             print(f"listening at {server.address} for {place.world_size} workers", flush=True)
         try:
             server.run()
+        except DtrainError as error:
+            if place.launcher_fd is None:
+                raise
+            leave_word(error)  # the workers have been told, and say it
+            return error.exit_code
         finally:
             server.close()
         return 0
@@ -305,7 +325,9 @@ def _overview(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"], ["help"]):
         print(text)
         return 0
-    wrong = f"there is no command {arguments[0]!r}\n" if arguments else ""
+    close = difflib.get_close_matches(arguments[0], _COMMANDS, n=1) if arguments else []
+    hint = f": did you mean {close[0]!r}?" if close else ""
+    wrong = f"there is no command {arguments[0]!r}{hint}\n" if arguments else ""
     print(f"{wrong}{text}", file=sys.stderr)
     return UsageError.exit_code
 
@@ -330,6 +352,7 @@ def _guarded(work: Callable[[], int]) -> int:
     except DtrainError as error:
         if env.debug():
             raise
+        leave_word(error)
         print(f"dtrain: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:

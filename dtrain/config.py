@@ -20,8 +20,8 @@ class TrainConfig:
     """Largest norm of the global gradient; clipped after it has been summed over workers."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision: the type that autocast computes in. fp16 scales the loss."""
-    norm_batch: Literal["worker", "global"] = "worker"
-    """Samples that share batch-norm statistics: those of each worker, or those of all workers."""
+    norm_batch: Literal["worker", "global"] | None = None
+    """Samples that share batch-norm statistics: those of each worker, or of all workers. None: as the model has it."""
     seed: int = 0
     """Decides the random numbers of each worker; the order of the data is the Loader's."""
     bucket_mb: float = 8.0
@@ -43,5 +43,5 @@ class TrainConfig:
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}: give 0 or more")
         for name, choices in (("amp", ("off", "bf16", "fp16")), ("norm_batch", ("worker", "global"))):
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (*choices, *((None,) if name == "norm_batch" else ())):
                 raise UsageError(f"{name} is {getattr(self, name)!r}: one of {', '.join(choices)}")

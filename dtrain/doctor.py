@@ -49,7 +49,7 @@ def examine() -> dict[str, Any]:
     }
     problems: list[str] = []
     try:
-        facts["place in the job"] = "\n" + env.resolve().table()
+        facts["place in the job"] = _place(env.resolve())
     except DtrainError as error:
         problems.append(f"launch environment: {error}")
     return facts | {"problems": problems + _problems(facts)}
@@ -58,10 +58,17 @@ def examine() -> dict[str, Any]:
 def text(facts: dict[str, Any]) -> str:
     """The facts as a table, then the problems."""
     rows = [[name, _shown(value)] for name, value in facts.items() if name not in ("problems", "place in the job")]
-    body = table(["what", "here"], rows)
-    place = facts.get("place in the job", "")
+    body = table(["what", "here"], rows, left=2)
+    place = facts.get("place in the job", " unknown, see below")
     problems = [f"! {p}" for p in facts["problems"]] or ["No problem found."]
     return "\n".join([body, "", f"Place in the job, as dtrain.connect() would take it:{place}", "", *problems])
+
+
+def _place(place: env.Place) -> str:
+    """What something has set, a line each, and what has set it."""
+    shown = [(n, who) for n, who in place.sources.items() if n not in ("launcher_fd", "job_dir")]
+    lines = [f"  {name:<17}{getattr(place, name)!s:<28}{who}" for name, who in shown]
+    return "\n" + "\n".join(lines) if lines else " alone: no launcher"
 
 
 def _problems(facts: dict[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ def evaluate(
     count = len(dataset)  # type: ignore[arg-type]
     mine = range(count)[cut(count, comm.rank, comm.world_size)]
     sums: dict[str, float] = {}
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with merged_statistics(model, comm):
@@ -49,7 +49,8 @@ def evaluate(
                 for name, value in score(model, batch).items():
                     sums[name] = sums.get(name, 0.0) + float(value)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return _means(sums, len(mine), comm)
 
 

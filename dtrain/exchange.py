@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from dtrain.buckets import Bucket, Direct, Message, Named, Plan, plan
-from dtrain.comm.base import Backend, PrimaryHost, Work
+from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
 from dtrain.errors import UsageError
+
+_numbers: weakref.WeakKeyDictionary[Traffic, int] = weakref.WeakKeyDictionary()
+"""How many exchanges a backend has had, by its traffic, which a meter around it shares: each has keys of its own, so
+that two in one backward do not meet."""
 
 
 class Exchange:
@@ -30,6 +35,8 @@ class Exchange:
         """
         self._comm = comm
         self._named = named
+        number = _numbers[comm.traffic] = _numbers.get(comm.traffic, -1) + 1
+        self._key = f"gradient/{number}." if number else "gradient/"
         self._sizes = sizes
         self._primary = primary
         self._messages: list[Message] = []
@@ -74,6 +81,8 @@ class Exchange:
         for _, _, work in self._works:
             work.wait()
         self._grant([index for _, absent, _ in self._works for index in absent])
+        for message in self._messages:
+            message.release()
         self.running, self._works = False, []
         if self._primary:
             self._keep_on_first()
@@ -95,7 +104,7 @@ class Exchange:
         with torch.no_grad():
             for number, parameters in enumerate(m.parameters for m in self._messages if m.parameters):
                 flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-                works.append((parameters, flat, self._primary.send_first(flat, f"gradient/parameters{number}")))
+                works.append((parameters, flat, self._primary.send_first(flat, f"{self._key}parameters{number}")))
             for parameters, flat, work in works:
                 work.wait()
                 parts = flat.split([p.numel() for p in parameters])
@@ -116,7 +125,7 @@ class Exchange:
         if number == len(self._messages) - 1:
             self._raise_flags([*(i for _, missing, _ in self._works for i in missing), *absent])
         start = self._primary.gather_sum if self._primary else self._comm.all_reduce
-        self._works.append((message, absent, start(message.flat, f"gradient/{number}")))
+        self._works.append((message, absent, start(message.flat, f"{self._key}{number}")))
 
     @torch.no_grad()
     def _raise_flags(self, absent: list[int]) -> None:
@@ -152,7 +161,7 @@ class Exchange:
         if one.direct:
             return Direct(one, self._named)
         trainable = sum(p.requires_grad for _, p in self._named)
-        empty = functools.partial(self._empty, f"gradient/{number}")
+        empty = functools.partial(self._empty, f"{self._key}{number}")
         bucket = Bucket(one, self._named, empty, flags=trainable if flags else 0)
         self._flags = bucket.flags
         return bucket

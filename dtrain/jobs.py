@@ -59,6 +59,8 @@ def run(
     """
     if workers < 1:
         raise UsageError(f"workers is {workers}: a job has at least one")
+    if not 0 < timeout_s < threading.TIMEOUT_MAX:
+        raise UsageError(f"timeout_s is {timeout_s}: give seconds, more than 0")
     if backend == "threads":
         share = max(1, cores() // workers)
         return run_threads(lambda comm: fn(comm, *args), workers, devices=devices, timeout_s=timeout_s, cores=share)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dtrain import env
 from dtrain.errors import CommError
-from dtrain.processes import Child, cores, left_code, remove, server_command
+from dtrain.processes import Child, cores, left_word, remove, server_command
 
 _GRACE_S = 5.0
 """How long the others may take to notice a fault by themselves and say what they saw, before they are ended."""
@@ -135,8 +135,10 @@ class _Job:
         early = [c for c in self._children if c.process.returncode == 0]
         culprit = (own or stopped or early or bad)[0]
         rest = len([c for c in self._children if c is not culprit])
+        if culprit.ended():
+            culprit.wait(0.0)  # for what it still has to say
         print(
-            f"dtrain: {culprit} {culprit.how()}; stopping the other {rest} processes",
+            f"dtrain: {culprit} {self._how(culprit)}; stopping the other {rest} processes",
             file=sys.stderr,
             flush=True,
         )
@@ -145,5 +147,14 @@ class _Job:
 
     def _code(self, child: Child) -> int:
         """Its exit code, or the one that fits the error which ended its script; 0 while it runs."""
-        code = child.process.returncode
-        return (code == 1 and left_code(self._folder, child.name)) or code or 0
+        code = child.process.returncode or 0
+        word = left_word(self._folder, child.name) if code == 1 else None
+        return word[0] if word else code
+
+    def _how(self, child: Child) -> str:
+        """How it ended, with the error where it left word of one."""
+        code = self._code(child)
+        word = left_word(self._folder, child.name) if code > 0 else None
+        if word is None:
+            return child.how()
+        return f"failed with {word[1]}" + (f" (exit code {code})" if code != 1 else "")

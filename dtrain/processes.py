@@ -42,12 +42,14 @@ class Child:
             argv: the command.
             place: what it is to find in its environment.
             threads: processor threads it may use.
-            prefix_output: put the name before each line that it prints; else it prints where this process does.
+            prefix_output: put the name before each line that it prints; else lines are copied as they are, and a
+                terminal is handed on for progress bars.
         """
         self.name = name
         read_end, self._lifeline = os.pipe()
         place = env.Place(**{**vars(place), "launcher_fd": read_end})
-        pipe = subprocess.PIPE if prefix_output else None
+        targets = [None if not prefix_output and _is_terminal(s) else s for s in (sys.stdout, sys.stderr)]
+        out, err = (None if target is None else subprocess.PIPE for target in targets)
         try:
             self.process = subprocess.Popen(
                 list(argv),
@@ -55,15 +57,17 @@ class Child:
                 pass_fds=(read_end,),
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
-                stdout=pipe,
-                stderr=pipe,
+                stdout=out,
+                stderr=err,
             )
         except OSError as error:
             os.close(self._lifeline)
             raise UsageError(f"cannot start {argv[0]!r} as {name}: {error.strerror}") from error
         finally:
             os.close(read_end)
-        self._pumps = [_pump(name, *ends) for ends in self._streams()] if prefix_output else []
+        prefix = f"[{name}] " if prefix_output else None
+        sources = (self.process.stdout, self.process.stderr)
+        self._pumps = [_pump(name, s, t, prefix) for s, t in zip(sources, targets, strict=True) if s and t]
 
     def __str__(self) -> str:
         return f"{self.name} (pid {self.process.pid})"
@@ -112,10 +116,6 @@ class Child:
             os.close(self._lifeline)
         self._lifeline = -1
 
-    def _streams(self) -> list[tuple[IO[bytes], IO[str]]]:
-        out, err = self.process.stdout, self.process.stderr
-        return [(out, sys.stdout), (err, sys.stderr)] if out and err else []
-
 
 def server_command(address: str, world_size: int, *, timeout_s: float) -> list[str]:
     """Command line of a parameter server's process."""
@@ -136,7 +136,8 @@ def end_with_launcher(place: env.Place, who: str) -> None:
         return
     _watched.add(fd)
     if place.job_dir:
-        atexit.register(_leave_code, _code_file(place.job_dir, who))
+        _word_files.append(_word_file(place.job_dir, who))
+        atexit.register(_leave_last_word)
 
     def watch() -> None:
         with contextlib.suppress(OSError):
@@ -156,23 +157,42 @@ def end_with_launcher(place: env.Place, who: str) -> None:
 _watched: set[int] = set()  # file descriptors that a thread looks at
 
 
-def _leave_code(file: Path) -> None:
-    """Python ends a script with 1 whatever the error was: leave word for the launcher where it was one of ours."""
-    error = getattr(sys, "last_value", None)
-    if isinstance(error, DtrainError):
+_word_files: list[Path] = []  # where this process leaves word of its error
+
+
+def leave_word(error: BaseException) -> None:
+    """Leave the launcher, if there is one, word of the error that ends this process.
+
+    Python ends a script with 1 whatever the error was; the word has the exit code that fits.
+    """
+    code = error.exit_code if isinstance(error, DtrainError) else 1
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    for file in _word_files:
         with contextlib.suppress(OSError):
-            file.write_text(str(error.exit_code), encoding="ascii")
+            file.write_text(f"{code}\n{_shortened(text)}", encoding="utf-8", errors="replace")
 
 
-def left_code(job_dir: str, who: str) -> int | None:
-    """The exit code that fits the error which ended a script, if it left one."""
+def _leave_last_word() -> None:
+    error = getattr(sys, "last_value", None)
+    if isinstance(error, BaseException):
+        leave_word(error)
+
+
+def _shortened(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def left_word(job_dir: str, who: str) -> tuple[int, str] | None:
+    """The exit code and the text of the error that ended a process, if it left word."""
     with contextlib.suppress(OSError, ValueError):
-        return int(_code_file(job_dir, who).read_text(encoding="ascii"))
+        code, text = _word_file(job_dir, who).read_text(encoding="utf-8").split("\n", 1)
+        return int(code), text
     return None
 
 
-def _code_file(job_dir: str, who: str) -> Path:
-    return Path(job_dir, who.replace(" ", "-") + ".code")
+def _word_file(job_dir: str, who: str) -> Path:
+    return Path(job_dir, who.replace(" ", "-") + ".error")
 
 
 def remove(job_dir: str | None) -> None:
@@ -189,15 +209,22 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def _pump(name: str, source: IO[bytes], target: IO[str]) -> threading.Thread:
-    """Copy lines from a child, with its name before each."""
+def _is_terminal(stream: IO[str] | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _pump(name: str, source: IO[bytes], target: IO[str], prefix: str | None) -> threading.Thread:
+    """Copy lines from a child, with a prefix before each; without one, it learns when nobody reads any more."""
 
     def copy() -> None:
         for line in source:
             text = line.decode(errors="replace").removesuffix("\n")  # the last one may lack it
-            with contextlib.suppress(OSError, ValueError):  # nobody reads any more; the child may go on
-                target.write(f"[{name}] {text}\n")
+            try:
+                target.write(f"{prefix or ''}{text}\n")
                 target.flush()
+            except (OSError, ValueError):  # nobody reads any more; the others may go on
+                if prefix is None:
+                    break
         source.close()
 
     thread = threading.Thread(target=copy, daemon=True, name=f"dtrain-{name}")

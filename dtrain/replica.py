@@ -69,6 +69,7 @@ class Replica:
             raise UsageError(f"update is {update!r}: `all` or `first`")
         if update == "first" and not isinstance(comm, PrimaryHost):
             raise UsageError(f"update='first' needs a backend with a primary, such as threads; {comm.name} has none")
+        _untie(model, comm)
         self.comm = comm
         self.updates = update == "all" or comm.rank == 0
         self._model = model
@@ -87,12 +88,17 @@ class Replica:
         self._unreduced = False  # .grad holds what only this worker knows
         self._scale = 1.0 / comm.world_size
         self._explicit = False
+        self._closed = False
         self._alive: weakref.ref[Any] | None = None  # dies with the backward that runs, however it ends
-        self._agree_all()
-        if self._named:
-            self._refresh()
         _watch_optimizers()
         _replicas.add(self)
+        try:
+            self._agree_all()
+            if self._named:
+                self._refresh()
+        except BaseException:
+            self.close()
+            raise
 
     # -- what users call ----------------------------------------------------------------------------------------------
 
@@ -119,6 +125,8 @@ class Replica:
         Raises:
             UsageError: numbers that cannot be meant, or gradients of another kind left in `.grad`.
         """
+        if self._closed:
+            raise UsageError("this replica was closed, or its model was tied again: use what replicate() returned last")
         sync = sync and self._sync
         self._drop_stale()
         factor, scale = self._weights.of(samples, total, sync=sync)
@@ -159,7 +167,11 @@ class Replica:
 
         Raises:
             LayoutError: on every worker, naming the first tensor that differs and the workers that differ from 0.
+            UsageError: the model has parameters that were not there when it was tied.
         """
+        foreign = [_plain(n) for n, p in self._model.named_parameters() if id(p) not in self._ids]
+        if foreign:
+            raise UsageError(f"{foreign[0]} came into the model after replicate(): tie the model again")
         named: list[tuple[str, Tensor]] = list(self._named)
         if buffers:
             named += [(_plain(name), b) for name, b in self._model.named_buffers()]
@@ -174,6 +186,7 @@ class Replica:
             handle.remove()
         self._hooks.clear()
         self._hooked.clear()
+        self._closed = True
         _replicas.discard(self)
 
     # -- the course of a backward -------------------------------------------------------------------------------------
@@ -292,8 +305,8 @@ class _BeforeForward:
         if self._replica is not None:
             self._replica.before_forward()
 
-    def __deepcopy__(self, memo: object) -> _BeforeForward:
-        return _BeforeForward(None)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _BeforeForward, (None,)
 
 
 def _weakly(method: Callable[[int, Tensor], None], index: int) -> Callable[[Tensor], None]:
@@ -307,6 +320,21 @@ def _weakly(method: Callable[[int, Tensor], None], index: int) -> Callable[[Tens
         bound(index, tensor)
 
     return hook
+
+
+def _untie(model: nn.Module, comm: Backend) -> None:
+    """A model that is tied again is tied anew; parts of it cannot be tied twice."""
+    parameters = {id(p) for p in model.parameters()}
+    for other in list(_replicas):
+        if parameters.isdisjoint(other._ids):
+            continue
+        if other.comm.rank != comm.rank:
+            raise UsageError(
+                f"workers {other.comm.rank} and {comm.rank} share one model object: give each its own copy"
+            )
+        if other._model is not model:
+            raise UsageError("parameters of this model are tied as part of another model: close() that replica first")
+        other.close()
 
 
 @functools.cache

@@ -143,23 +143,20 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
         DataError: data or checkpoints that cannot be read.
     """
     device = _device(comm, spec)
-    if spec.resume and spec.run_dir is None:
-        raise UsageError("--resume needs --run-dir: the directory of the run to go on with")
+    check_place(spec)
     folder = None if spec.run_dir is None else Path(spec.run_dir)
-    if folder is not None and not spec.resume and checkpoint.steps(folder / "checkpoints"):
-        raise UsageError(f"{folder} has the checkpoints of an earlier run: give --resume, or another --run-dir")
     recipe = spec.build()
     trainer = _trainer(comm, spec, recipe, device, folder)
+    resumed_step = _resume(trainer, spec, recipe, folder) if spec.resume and folder else 0
     if comm.rank == 0 and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "config.json", _asked_for(spec, trainer, comm, device))
-    resumed_step = trainer.resume(folder / "checkpoints") if spec.resume and folder else 0
+        _write(folder / "config.json", _asked_for(spec, trainer, recipe, device))
     samples_before = trainer.state.samples
     started_s = time.perf_counter()
     state = trainer.fit()
     seconds = time.perf_counter() - started_s
     if not trainer.records:
-        raise DataError(f"nothing to train: the checkpoint is at step {resumed_step} already")
+        raise _nothing_to_train(resumed_step)
     trainer.replica.check()
     summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
     if comm.rank == 0 and folder is not None:
@@ -169,6 +166,121 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     return summary
 
 
+def check_place(spec: RunSpec) -> None:
+    """Refuse a run directory that does not fit what is asked for.
+
+    Raises:
+        UsageError: it has the checkpoints of another run, or none is given to resume.
+        DataError: there is no checkpoint to resume from.
+    """
+    if spec.run_dir is None:
+        if spec.resume:
+            raise UsageError("--resume needs --run-dir: the directory of the run to go on with")
+        return
+    root = Path(spec.run_dir) / "checkpoints"
+    found = checkpoint.steps(root)
+    if found and not spec.resume:
+        raise UsageError(f"{spec.run_dir} has the checkpoints of an earlier run: give --resume, or another --run-dir")
+    if spec.resume and not found:
+        checkpoint.load(root)  # says what is wrong
+
+
+def check(spec: RunSpec, workers: int) -> None:
+    """Refuse what can be known to fail before processes are started, so that it is said once.
+
+    Raises:
+        UsageError: what cannot be meant.
+        DataError: data or checkpoints that cannot be read.
+    """
+    check_place(spec)
+    _named_device(spec)
+    _every_steps(spec.checkpoint_every)
+    recipe = spec.build()
+    spec.train_config(recipe)
+    _loader(spec, recipe, 0, workers)
+    if spec.resume and spec.run_dir is not None:
+        _check_same(spec, recipe, Path(spec.run_dir))
+
+
+_SAME = (*("recipe", "options", "data", "dtype", "seed", "global_batch", "norm_batch", "lr", "amp", "clip_grad_norm"),)
+"""What a resumed run must share with the run that it goes on with."""
+
+
+def _resume(trainer: Trainer, spec: RunSpec, recipe: Recipe, folder: Path) -> int:
+    """Go on from the newest checkpoint; the step that was reached."""
+    planned = _check_same(spec, recipe, folder)
+    step = trainer.resume(folder / "checkpoints")
+    total = trainer.state.steps
+    if total is not None and step >= total:
+        raise _nothing_to_train(step)
+    collectives.barrier(trainer.comm)  # all have read the old config.json
+    if trainer.comm.rank == 0:
+        if spec.progress:
+            of = "" if total is None else f" of {total}"
+            print(f"dtrain: resuming {folder} at step {step}{of}", file=sys.stderr, flush=True)
+        now = _length(dataclasses.asdict(trainer.config))
+        if planned not in (None, now):
+            text = f"dtrain: this run is now {now}; up to step {step} its learning rate was planned for {planned}"
+            print(text, file=sys.stderr, flush=True)
+    return step
+
+
+def _check_same(spec: RunSpec, recipe: Recipe, folder: Path) -> str | None:
+    """Refuse to resume a run that was told otherwise; how long it was planned to be, where that is known."""
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'config.json'} cannot be read: {error}; remove it to resume without it") from error
+    given = {**dataclasses.asdict(spec), "lr": _rate(spec, recipe), "global_batch": _global_batch(spec, recipe)}
+    for name in _SAME:
+        if name not in saved:
+            continue
+        here, there = given[name], saved[name]
+        if name == "options":
+            here, there = sorted(here), sorted(there)
+        if name == "lr" and there is None:  # as files of older versions say that it is the recipe's
+            there = _rate(dataclasses.replace(spec, lr=None), recipe)
+        if here != there:
+            raise UsageError(
+                f"{name} is {here!r}, and the run in {folder} has {there!r}: give the same, or another --run-dir"
+            )
+    return _length(saved)
+
+
+def _length(config: dict[str, Any]) -> str:
+    """Of `epochs` and `steps`, the one that is given, in words."""
+    return f"{config['steps']} steps" if config.get("steps") is not None else f"{config.get('epochs')} epochs"
+
+
+def _nothing_to_train(step: int) -> DataError:
+    return DataError(f"nothing to train: the checkpoint is at step {step} already; raise --epochs or --steps")
+
+
+def _rate(spec: RunSpec, recipe: Recipe) -> float:
+    """The learning rate at the start."""
+    if spec.lr is not None:
+        return spec.lr
+    return float(recipe.optimizer(recipe.model.parameters()).param_groups[0]["lr"])
+
+
+def _global_batch(spec: RunSpec, recipe: Recipe) -> int:
+    return recipe.global_batch if spec.global_batch is None else spec.global_batch
+
+
+def _loader(spec: RunSpec, recipe: Recipe, rank: int, workers: int) -> Loader:
+    return Loader(
+        recipe.train,
+        global_batch=_global_batch(spec, recipe),
+        micro_batch=spec.micro_batch,
+        rank=rank,
+        world_size=workers,
+        seed=spec.seed,
+        num_workers=spec.num_data_workers,
+    )
+
+
 def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device, folder: Path | None) -> Trainer:
     model = recipe.model.to(device)
     config = spec.train_config(recipe)
@@ -176,15 +288,7 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
     if spec.lr is not None:
         for group in optimizer.param_groups:
             group["lr"] = spec.lr
-    loader = Loader(
-        recipe.train,
-        global_batch=recipe.global_batch if spec.global_batch is None else spec.global_batch,
-        micro_batch=spec.micro_batch,
-        rank=comm.rank,
-        world_size=comm.world_size,
-        seed=config.seed,
-        num_workers=spec.num_data_workers,
-    )
+    loader = _loader(spec, recipe, comm.rank, comm.world_size)
     steps = config.steps or (loader.steps_per_epoch or 0) * (config.epochs or 0)
     return Trainer(
         model,
@@ -228,28 +332,37 @@ def _device(comm: Backend, spec: RunSpec) -> torch.device:
     given = getattr(comm, "device", None)
     if given is not None:
         return torch.device(given)
-    if spec.device == "auto":
+    device = _named_device(spec)
+    if device is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         device = torch.device("cuda", env.resolve().local_rank % torch.cuda.device_count())
-    else:
-        try:
-            device = torch.device(spec.device)
-        except RuntimeError as error:
-            raise UsageError(f"device is {spec.device!r}: give auto, cpu, cuda or cuda:N") from error
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError(f"device is {spec.device!r}, and this torch sees no CUDA device: see `dtrain doctor`")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def _asked_for(spec: RunSpec, trainer: Trainer, comm: Backend, device: torch.device) -> dict[str, Any]:
+def _named_device(spec: RunSpec) -> torch.device | None:
+    """The device that was asked for; None where each worker finds its own."""
+    if spec.device == "auto":
+        return None
+    try:
+        device = torch.device(spec.device)
+    except RuntimeError as error:
+        raise UsageError(f"device is {spec.device!r}: give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {spec.device!r}, and this torch sees no CUDA device: see `dtrain doctor`")
+    return device
+
+
+def _asked_for(spec: RunSpec, trainer: Trainer, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """What was asked for, with what the recipe filled in; names of buffers, which are no weights."""
+    comm = trainer.comm
     return {
         **dataclasses.asdict(spec),
         **dataclasses.asdict(trainer.config),
         "global_batch": trainer.data.global_batch,
+        "lr": _rate(spec, recipe),
         "buffers": [name for name, _ in trainer.model.named_buffers()],
         "backend": comm.name,
         "workers": comm.world_size,

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 RATIO = (
     "ratio = compute time (forward, backward, optimizer) / time blocked on communication, of worker 0's median step."
 )
+SPEED = "step ms is the median step; samples/s is over all steps of the run, the slow first ones too."
+THREADS = "threads: worker 0's device adds for all, so it sends more than any other worker; the figure is worker 0's."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell; the first to the left, the rest to the right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns as wide as their longest cell; the first `left` ones to the left, the rest to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
     for row in [head, *rows]:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
@@ -38,7 +40,7 @@ def comparison(result: dict[str, Any]) -> str:
         *scores,
     ]
     rows = [[backend, *_timing(run), _loss(run), *(_score(run, s) for s in scores)] for backend, run in runs.items()]
-    return "\n".join([table(head, rows), "", verdict(result), RATIO])
+    return "\n".join([table(head, rows), "", verdict(result), *_notes(runs)])
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -79,7 +81,12 @@ def run(summary: dict[str, Any]) -> str:
             f"Worker 0's device updates for all: compared with another one it holds {memory} more, and in a step sends "
             f"{sent} and receives {received} more."
         )
-    return "\n".join([*lines, RATIO])
+    return "\n".join([*lines, "", *_notes([summary["backend"]])])
+
+
+def _notes(backends: Iterable[str]) -> list[str]:
+    """What the columns mean."""
+    return [RATIO, SPEED, *([THREADS] if "threads" in backends else [])]
 
 
 def _timing(run: dict[str, Any]) -> list[str]:

@@ -73,7 +73,9 @@ class Trainer:
                 f"the Loader is that of worker {data.rank} of {data.world_size}, and this is worker {self.comm.rank} "
                 f"of {self.comm.world_size}: give it rank=comm.rank and world_size=comm.world_size"
             )
-        self.model = norm.convert(model, norm_batch=config.norm_batch, comm=self.comm)
+        self.model = model
+        if config.norm_batch is not None:
+            self.model = norm.convert(model, norm_batch=config.norm_batch, comm=self.comm)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.replica = replicate(self.model, self.comm, bucket_mb=config.bucket_mb, update=update)

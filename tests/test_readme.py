@@ -54,13 +54,20 @@ def test_the_trainer_trains():
         "dtrain": dtrain,
         "comm": dtrain.connect(),
         "model": model,
-        "loss": lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        "F": F,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "loader": dtrain.Loader(data, global_batch=64),
     }
     exec(code, names)  # noqa: S102  (our own README)
     assert not torch.equal(before, model.weight)
     names["trainer"].replica.close()
+
+
+def test_a_function_runs_as_three_workers():
+    code = next(block for block in blocks("python") if "dtrain.run(" in block)
+    names = {"dtrain": dtrain}
+    exec(code.replace("dtrain.run(", "found = dtrain.run("), names)  # noqa: S102  (our own README)
+    assert names["found"] == [0, 10, 20]
 
 
 @pytest.mark.parametrize("command", commands())

@@ -922,3 +922,153 @@ def test_update_first(loop: str) -> None:
     for worker in workers["first"]:
         for got, wanted in zip(worker, workers["all"][0], strict=True):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
+
+
+# -- memory that autograd shares, and memory formats ------------------------------------------------------------------
+
+
+class SumOfTwo(nn.Module):
+    """Two flat parameters whose gradients are views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Parameter(torch.randn(64, dtype=torch.float64))
+        self.delta = nn.Parameter(torch.randn(64, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1] @ (self.base.view(1, 64) + self.delta.view(1, 64))
+
+
+class Positions(nn.Module):
+    """A parameter whose gradient is a view of what backward still reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(3, 8, dtype=torch.float64)
+        self.position = nn.Parameter(torch.zeros(4, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x) + self.position[None]).square()
+
+
+@pytest.mark.parametrize("kind", [SumOfTwo, Positions])
+def test_gradients_that_share_memory(kind: type[nn.Module]) -> None:
+    """A gradient that is a view of memory with other readers is copied before it is scaled and summed."""
+
+    def body(comm: Backend) -> None:
+        model = kind()
+        expected = alone(model, square)
+        replicate(model, comm)
+        square(model, batch(comm.rank)).backward()
+        assert_grads(grads(model), expected)
+
+    on_threads(body)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_channels_last(fused: bool) -> None:
+    """Gradients have the strides of their parameters, on which fused optimizers count."""
+
+    def train(model: nn.Module, comm: Backend | None) -> list[Tensor]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        for step in range(3):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(4, 3, 5, 5, generator=generator).contiguous(memory_format=torch.channels_last)
+            (model(x) if comm is None else model(x[comm.rank :: 2])).square().mean().backward()
+            assert all(p.grad is not None and p.grad.stride() == p.stride() for p in model.parameters())
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(54, 2))
+        return model.to(memory_format=torch.channels_last)
+
+    def body(comm: Backend) -> list[Tensor]:
+        model = make()
+        replicate(model, comm)
+        return train(model, comm)
+
+    for got, wanted in zip(on_threads(body)[1], train(make(), None), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+# -- tied again, tied twice, grown ------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_tied_again() -> None:
+    """The new tie replaces the old one, whose handle is of no use any more."""
+
+    def body(comm: Backend) -> None:
+        model = mlp()
+        expected = alone(model, square)
+        old = replicate(model, comm)
+        new = replicate(model, comm)
+        new.backward(square(model, batch(comm.rank)), samples=4, total=8)
+        assert_grads(grads(model), expected)
+        with pytest.raises(UsageError, match="tied again"):
+            old.backward(square(model, batch(comm.rank)))
+
+    on_threads(body)
+
+
+def test_what_cannot_be_tied() -> None:
+    """A part of a model that is tied; one object for two workers."""
+
+    def body(comm: Backend) -> None:
+        model = mlp()
+        replica = replicate(model, comm)
+        with pytest.raises(UsageError, match="as part of another model"):
+            replicate(model[0], comm)
+        replica.close()
+
+    on_threads(body)
+    model = mlp()
+    with pytest.raises((UsageError, CommError), match="share one model object"):
+        on_threads(lambda comm: replicate(model, comm))
+
+
+def test_two_models_in_one_backward() -> None:
+    """Each has its own gradients, in whatever order their layers come on a worker."""
+
+    def body(comm: Backend) -> None:
+        a, b = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 3, bias=False).double()
+        ra, rb = replicate(a, comm), replicate(b, comm)
+        x = torch.ones(1, 3, dtype=torch.float64)
+        (a(x) + 2 * b(x) if comm.rank else 2 * b(x) + a(x)).sum().backward()
+        assert a.weight.grad is not None
+        assert b.weight.grad is not None
+        assert a.weight.grad.unique().tolist() == [1.0]
+        assert b.weight.grad.unique().tolist() == [2.0]
+        ra.close()
+        rb.close()
+
+    on_threads(body)
+
+
+def test_parameters_that_came_later() -> None:
+    """check() names what came into the model after it was tied."""
+
+    def body(comm: Backend) -> None:
+        model = mlp()
+        replica = replicate(model, comm)
+        model[2] = nn.Linear(4, 2).double()
+        with pytest.raises(UsageError, match=r"2\.weight came into the model after replicate"):
+            replica.check()
+
+    on_threads(body)
+
+
+def test_create_graph() -> None:
+    """Second-order terms would be lost in the sum: refused."""
+
+    def body(comm: Backend) -> None:
+        model = mlp()
+        replicate(model, comm)
+        with pytest.raises(UsageError, match="create_graph"):
+            square(model, batch(comm.rank)).backward(create_graph=True)
+
+    on_threads(body)

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 import dtrain
 from dtrain import checkpoint
+from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
 from dtrain.data import Loader
 from dtrain.errors import DataError, UsageError
@@ -585,3 +586,44 @@ def test_a_stream_may_be_read_in_another_process() -> None:
     loader = Loader(PointStream(Points(23)), global_batch=8, num_workers=1)
     trainer = dtrain.Trainer(model, mean_square, optimizer, loader, config=dtrain.TrainConfig(epochs=2))
     assert trainer.fit().samples == 46
+
+
+def test_a_converted_model_stays_converted() -> None:
+    """Unless the configuration says what is to be shared, batch norm is as the model has it."""
+
+    def body(comm: Backend) -> None:
+        points = Points(12)
+        model = dtrain.norm.convert(make_model("norm", torch.float64), comm=comm)
+        loader = dtrain.Loader(points, global_batch=6, rank=comm.rank, world_size=comm.world_size)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        dtrain.Trainer(model, mean_square, optimizer, loader, comm=comm, config=dtrain.TrainConfig(steps=2)).fit()
+        assert isinstance(model[1], dtrain.norm.SyncBatchNorm)
+
+    dtrain.run(body, workers=2)
+
+
+def test_two_trainers_one_after_the_other() -> None:
+    """The second takes the model over: n workers equal one, as with a trainer each of a model of its own."""
+
+    def body(comm: Backend) -> list[torch.Tensor]:
+        model = make_model("plain", torch.float64)
+        for _ in range(2):
+            loader = dtrain.Loader(Points(20), global_batch=8, rank=comm.rank, world_size=comm.world_size)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            dtrain.Trainer(model, mean_square, optimizer, loader, comm=comm, config=dtrain.TrainConfig(epochs=1)).fit()
+        return [p.detach() for p in model.parameters()]
+
+    alone = dtrain.run(body, workers=1, backend="solo")[0]
+    for got in dtrain.run(body, workers=2):
+        for here, there in zip(got, alone, strict=True):
+            torch.testing.assert_close(here, there, rtol=0, atol=1e-12)
+
+
+def test_evaluation_leaves_modes_as_they_were() -> None:
+    """A layer that was frozen by eval() stays so."""
+    model = make_model("norm", torch.float64)
+    model.train()
+    model[1].eval()
+    dtrain.evaluate(model, Points(8), lambda m, b: {"n": m(b[0]).sum()}, Solo())
+    assert not model[1].training
+    assert model[4].training

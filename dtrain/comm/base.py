@@ -42,7 +42,7 @@ class Work(Protocol):
         """
 
 
-@dataclass
+@dataclass(eq=False)
 class Traffic:
     """Payload bytes that one worker has sent and received, by lane."""
 

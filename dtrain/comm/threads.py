@@ -43,6 +43,13 @@ class Hub:
         self._changed = threading.Condition()
         self._meetings: dict[tuple[str, int], _Meeting] = {}
         self._failure: str | None = None
+        self._left: set[int] = set()
+
+    def leave_job(self, rank: int) -> None:
+        """This worker has finished; who waits for it waits in vain."""
+        with self._changed:
+            self._left.add(rank)
+            self._changed.notify_all()
 
     def fail(self, reason: str) -> None:
         """Wake everyone who waits, with this reason; the first one counts."""
@@ -95,6 +102,11 @@ class Hub:
         deadline = time.monotonic() + self.timeout_s
         with self._changed:
             while not (meeting.finished or self._failure):
+                gone = sorted(self._left - set(meeting.flats))
+                if gone:
+                    self._failure = f"workers {gone} have left while others waited for them"
+                    self._changed.notify_all()
+                    break
                 if not self._changed.wait(deadline - time.monotonic()):
                     missing = sorted(set(range(self.world_size)) - set(meeting.flats))
                     self._failure = self._failure or f"workers {missing} have not come within {self.timeout_s:g} s"
@@ -213,6 +225,7 @@ def run_threads(
             generators.set_state(state)
             try:
                 results[rank] = fn(Threads(hub, rank, device))
+                hub.leave_job(rank)
             except BaseException as error:
                 failures.append((rank, error))
                 hub.fail(f"worker {rank} failed with {type(error).__name__}: {error}")
@@ -220,12 +233,17 @@ def run_threads(
     threads = [
         threading.Thread(target=work, args=(rank,), name=f"worker-{rank}", daemon=True) for rank in range(workers)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    torch.set_num_threads(cores_before)
-    generators.set_state(state)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C, say
+        hub.fail(f"stopped by {type(error).__name__}")
+        raise
+    finally:
+        torch.set_num_threads(cores_before)
+        generators.set_state(state)
     if failures:
         raise failures[0][1]
     return [results[rank] for rank in range(workers)]

@@ -6,6 +6,7 @@ Batch norm as of Ioffe & Szegedy 2015 (algorithm 1), on the batch that all worke
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.comm.base import Backend
-from dtrain.errors import UsageError
+from dtrain.errors import LayoutError, UsageError
 from dtrain.norm.moments import merge, moments
 
 
@@ -29,8 +30,13 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     comm: Backend | None = None
+    """None in a copy or in what was unpickled: statistics are then those of the batch alone, until `convert`."""
     key: str = ""
     original: type[_BatchNorm] = _BatchNorm
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the connection."""
+        return {**self.__dict__, "comm": None}
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
@@ -40,10 +46,7 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         if self.training and self.comm is not None:
             return self._synchronised(x)
-        batch_statistics = self.training or self.running_mean is None
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, batch_statistics, 0.0, self.eps
-        )
+        return super().forward(x)
 
     @_disable_dynamo  # torch.compile is not to look into the transfers
     def _synchronised(self, x: Tensor) -> Tensor:
@@ -60,11 +63,15 @@ class SyncBatchNorm(_BatchNorm):
         mean, m2, count = moments(x.detach())
         channels = mean.numel()
         # A table with one row a worker; the others' rows are zero here, so that the sum hands everyone all rows.
-        table = x.new_zeros(self.comm.world_size, 2 * channels + 1, dtype=torch.float64)
+        table = x.new_zeros(self.comm.world_size, 2 * channels + 2, dtype=torch.float64)
         row = table[self.comm.rank]
-        row[:channels], row[channels:-1], row[-1] = mean, m2, count
+        row[:channels], row[channels:-2], row[-2], row[-1] = mean, m2, count, zlib.crc32(self.key.encode())
         self.comm.all_reduce(table.view(-1), f"norm/{self.key}").wait()
-        mean, m2, total = merge(table[:, :channels], table[:, channels:-1], table[:, -1])
+        if bool((table[:, -1] != row[-1]).any()):
+            raise LayoutError(
+                f"worker {self.comm.rank} is in batch norm {self.key}, and another worker in another layer"
+            )
+        mean, m2, total = merge(table[:, :channels], table[:, channels:-2], table[:, -2])
         return mean, m2 / total.clamp(min=1), total
 
     def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:

@@ -170,7 +170,8 @@ class Rounds:
         if reason:
             return self._fail(CommError(f"{member} failed with {reason}"))
         if waited_for:
-            return self._fail(CommError(f"{member} left{self._during(rank)}"))
+            remedy = "it had finished without an error; give every worker the same number of steps"
+            return self._fail(CommError(f"{member} left{self._during(rank)}: {remedy}"))
         return []
 
     def _add(self, rank: int, add: Add, payload: Tensor, now: float) -> list[Send]:

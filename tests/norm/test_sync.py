@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from dtrain import norm
 from dtrain.comm.base import Backend, Done, Traffic
 from dtrain.comm.solo import Solo
-from dtrain.errors import UsageError
+from dtrain.errors import CommError, LayoutError, UsageError
+from dtrain.norm import convert
 from dtrain.norm.merge import merge_statistics
 from dtrain.norm.moments import merge, moments
 from dtrain.norm.sync import SyncBatchNorm
@@ -464,3 +465,29 @@ def test_moments_of_halves(dtype: torch.dtype) -> None:
     assert count == 20_000
     close(mean, wide.mean(1), atol=1e-3)
     torch.testing.assert_close(m2 / count, wide.var(1, correction=0), rtol=1e-3, atol=0)
+
+
+def different_layers(comm: Backend) -> str:
+    layers = [convert(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)), comm=comm)[i] for i in range(2)]
+    with pytest.raises((LayoutError, CommError)) as caught:
+        layers[min(comm.rank, 1)](torch.randn(4, 2))
+    return str(caught.value)
+
+
+def test_workers_in_different_layers() -> None:
+    """Over all-reduce, where messages meet by their order, no layer takes another one's statistics for its own."""
+    for text in everywhere(different_layers, backend="allreduce", workers=2, timeout_s=5.0):
+        assert "another layer" in text
+
+
+def test_a_copy_is_a_plain_layer() -> None:
+    """A copy of a converted model (an average of weights, say) is not connected, and can be converted again."""
+
+    def body(comm: Backend) -> None:
+        model = convert(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), comm=comm)
+        copied = copy.deepcopy(model)
+        copied(torch.randn(4, 2))  # no message: nobody else comes
+        assert copied[1].comm is None
+        assert convert(copied, comm=comm)[1].comm is comm
+
+    everywhere(body, backend="threads", workers=2, timeout_s=5.0)
