@@ -72,9 +72,10 @@ class Train(RunSpec, _Run):
             raise UsageError(f"workers is {self.workers}: a job has at least one")
         if self.devices and backend != "threads":
             raise UsageError(f"--devices goes with --backend threads, not {backend}; see --device")
+        if not env.in_job():
+            check(self.spec(), 1 if backend == "solo" else len(self.devices) or self.workers)
         if backend in ("solo", "threads") or env.in_job():
             return self._work(backend)
-        check(self.spec(), self.workers)
         run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
         command = python_m_dtrain(*argv, "--run-dir", run_dir)
         return launch(command, workers=self.workers, backend=backend, timeout_s=self.timeout_s)

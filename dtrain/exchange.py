@@ -22,7 +22,8 @@ class Exchange:
     """Sums the gradients of a model's trainable parameters over workers.
 
     The last message also carries a flag for each parameter, which counts the workers that have a gradient for it: one
-    that nobody used keeps none, so that an optimizer leaves it alone, as on one worker.
+    that nobody used keeps none, so that an optimizer leaves it alone, as on one worker. Behind the flags comes the
+    worker's share of the samples.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Exchange:
         self._where: dict[int, tuple[Message, int]] = {}
         self._flag_of: dict[int, int] = {}
         self._flags = torch.empty(0)
+        self._share = 0.0
         self._works: list[tuple[Message, list[int], Work]] = []
         self._gathered: set[int] = set()  # on worker 0 of a primary: parameters whose .grad is the global one
         self.running = False
@@ -58,8 +60,13 @@ class Exchange:
         self._flag_of = {index: position for position, index in enumerate(self._where)}
         return list(self._where)
 
-    def begin(self) -> None:
-        """A backward begins."""
+    def begin(self, share: float) -> None:
+        """A backward begins.
+
+        Args:
+            share: this worker's part of the step's samples; travels with the flags, see `total_share`.
+        """
+        self._share = share
         self.running = True
         self._works = []
         for message in self._messages:
@@ -86,6 +93,10 @@ class Exchange:
         self.running, self._works = False, []
         if self._primary:
             self._keep_on_first()
+
+    def total_share(self) -> float:
+        """The shares of all workers together, of the last backward."""
+        return float(self._flags[-1])
 
     def abandon(self) -> None:
         """A backward has failed. What it has sent is still under way: its memory is left to it."""
@@ -130,6 +141,7 @@ class Exchange:
     @torch.no_grad()
     def _raise_flags(self, absent: list[int]) -> None:
         self._flags.fill_(1)
+        self._flags[-1] = self._share
         for index in absent:
             self._flags[self._flag_of[index]] = 0
 
@@ -162,7 +174,7 @@ class Exchange:
             return Direct(one, self._named)
         trainable = sum(p.requires_grad for _, p in self._named)
         empty = functools.partial(self._empty, f"{self._key}{number}")
-        bucket = Bucket(one, self._named, empty, flags=trainable if flags else 0)
+        bucket = Bucket(one, self._named, empty, flags=trainable + 1 if flags else 0)
         self._flags = bucket.flags
         return bucket
 

@@ -138,7 +138,7 @@ class _Job:
         if culprit.ended():
             culprit.wait(0.0)  # for what it still has to say
         print(
-            f"dtrain: {culprit} {self._how(culprit)}; stopping the other {rest} processes",
+            f"dtrain: {culprit} {self._how(culprit)}; stopping the other {rest} process{'' if rest == 1 else 'es'}",
             file=sys.stderr,
             flush=True,
         )

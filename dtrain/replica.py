@@ -25,6 +25,8 @@ from dtrain.errors import LayoutError, UsageError
 from dtrain.exchange import Exchange
 from dtrain.weights import StepWeights
 
+_SHARE_TOLERANCE = 0.05  # the sum may be in half precision
+
 _replicas: weakref.WeakSet[Replica] = weakref.WeakSet()
 
 
@@ -89,6 +91,7 @@ class Replica:
         self._scale = 1.0 / comm.world_size
         self._explicit = False
         self._closed = False
+        self._shares_checked = False
         self._alive: weakref.ref[Any] | None = None  # dies with the backward that runs, however it ends
         _watch_optimizers()
         _replicas.add(self)
@@ -221,17 +224,29 @@ class Replica:
             torch.autograd.Variable._execution_engine.queue_callback(finish)
             self._alive = weakref.ref(finish)
         self._unreduced = True
-        self._exchange.begin()
+        self._exchange.begin(self._weights.share or 0.0)
 
     def _finish(self) -> None:
         """Backward has ended here."""
         try:
             self._exchange.finish(self._scale)
+            if self._weights.share is not None and not self._shares_checked:
+                self._check_shares()
         except BaseException:
             self._abandon()
             raise
         self._weights.reset()
         self._unreduced = False
+
+    def _check_shares(self) -> None:
+        """Once: do the workers' samples add up to what they said the total was?"""
+        self._shares_checked = True
+        found = self._exchange.total_share() if self.updates else 1.0
+        if abs(found - 1.0) > _SHARE_TOLERANCE:
+            raise UsageError(
+                f"the samples of all workers add up to {found:.2f} times total: give each worker its own share, as a "
+                "Loader with rank=comm.rank and world_size=comm.world_size does"
+            )
 
     def _abandon(self) -> None:
         """A backward has failed."""

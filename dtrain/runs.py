@@ -196,10 +196,12 @@ def check(spec: RunSpec, workers: int) -> None:
     _named_device(spec)
     _every_steps(spec.checkpoint_every)
     recipe = spec.build()
-    spec.train_config(recipe)
-    _loader(spec, recipe, 0, workers)
+    total = _steps(spec.train_config(recipe), _loader(spec, recipe, 0, workers))
     if spec.resume and spec.run_dir is not None:
         _check_same(spec, recipe, Path(spec.run_dir))
+        root = Path(spec.run_dir) / "checkpoints"
+        if 0 < total <= checkpoint.steps(root)[-1] and (step := checkpoint.load(root).step) >= total:
+            raise _nothing_to_train(step)
 
 
 _SAME = (*("recipe", "options", "data", "dtype", "seed", "global_batch", "norm_batch", "lr", "amp", "clip_grad_norm"),)
@@ -281,6 +283,11 @@ def _loader(spec: RunSpec, recipe: Recipe, rank: int, workers: int) -> Loader:
     )
 
 
+def _steps(config: TrainConfig, loader: Loader) -> int:
+    """Optimizer steps in all; 0 where the data do not say."""
+    return config.steps or (loader.steps_per_epoch or 0) * (config.epochs or 0)
+
+
 def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device, folder: Path | None) -> Trainer:
     model = recipe.model.to(device)
     config = spec.train_config(recipe)
@@ -289,7 +296,7 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
         for group in optimizer.param_groups:
             group["lr"] = spec.lr
     loader = _loader(spec, recipe, comm.rank, comm.world_size)
-    steps = config.steps or (loader.steps_per_epoch or 0) * (config.epochs or 0)
+    steps = _steps(config, loader)
     return Trainer(
         model,
         recipe.loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -22,6 +23,8 @@ class StepWeights:
         self._given: tuple[bool, bool] | None = None  # whether this step's micro-batches had samples= and total=
         self._fresh = True  # whether the step began without gradients
         self._samples = 0.0  # of this step's micro-batches, total unknown
+        self.share: float | None = None
+        """This worker's part of the step's samples so far, where `total` is known."""
 
     def of(self, samples: float | None, total: float | None, *, sync: bool) -> tuple[float, float]:
         """(factor on the loss, scale on the gradient as it is sent), for the arguments of `Replica.backward`.
@@ -33,7 +36,8 @@ class StepWeights:
         world = self._comm.world_size
         if samples is None and total is not None:
             raise UsageError(f"total is {total} and samples is not given: give both")
-        if samples is not None and (samples < 0 or (total is not None and (total <= 0 or samples > total))):
+        limit = math.inf if total is None else total
+        if samples is not None and not (0 <= samples <= limit and limit > 0 and math.isfinite(samples)):
             raise UsageError(f"samples is {samples}, total {total}: samples run from 0 to total, and total is above 0")
         self.go_on((samples is not None, total is not None), sync=sync)
         if samples is None:
@@ -47,6 +51,8 @@ class StepWeights:
                 raise UsageError("samples is 0 on every worker: a step needs at least one sample")
             if self._given is not None:
                 return float(samples), 1.0 / total
+            return (samples / total, 1.0) if self._fresh else (world * samples / total, 1.0 / world)
+        self.share = (self.share or 0.0) + samples / total
         return (samples / total, 1.0) if self._fresh else (world * samples / total, 1.0 / world)
 
     def go_on(self, given: tuple[bool, bool], *, sync: bool) -> None:
@@ -73,4 +79,4 @@ class StepWeights:
 
     def reset(self) -> None:
         """The step is over."""
-        self._given, self._samples = None, 0.0
+        self._given, self._samples, self.share = None, 0.0, None

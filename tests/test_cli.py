@@ -82,7 +82,8 @@ def test_version(dt):
     ("arguments", "words"),
     [
         ([], "commands:"),
-        (["trian"], "there is no command 'trian'"),
+        (["trian"], "there is no command 'trian': did you mean 'train'?"),
+        (["xyz"], "there is no command 'xyz'\n"),
         (["train", "--bakcend", "ps"], "--bakcend"),
         (["train", "mnist"], "mnist"),
         (["train", "--steps", "many"], "many"),
@@ -112,6 +113,16 @@ def test_what_the_command_line_refuses(dt, arguments: list[str], words: str):
         (["launch", "-n", "2"], "nothing to launch"),
         (["launch", "-n", "0", "x.py"], "workers is 0"),
         (["launch", "--servers", "2", "x.py"], "servers 2"),
+        (["launch", "--backend", "threads", "x.py"], "backend is threads, which needs no processes: call dtrain.run"),
+        (["launch", "--backend", "solo", "x.py"], "backend solo is a world of one, and workers is 2: give -n 1"),
+        (["launch", "nosuch.py"], "nosuch.py: there is no such script in "),
+        (["train", "-n", "0"], "workers is 0"),
+        (["train", "--resume"], "--resume needs --run-dir"),
+        (["train", "--option", "nosuch=3"], "recipe 'digits' has no option 'nosuch'"),
+        (["train", "--steps", "2", "--epochs", "3"], "epochs is 3, steps 2: give one of them"),
+        (["train", "--device", "gpu"], "device is 'gpu'"),
+        (["train", "--backend", "ps", "--devices", "cpu"], "--devices goes with --backend threads"),
+        (["compare", "--option", "nosuch=3"], "recipe 'digits' has no option 'nosuch'"),
         (["launch", "nosuch-program"], "cannot start 'nosuch-program' as worker 0"),
         (["launch", "--backend", "ps", "/"], "cannot start '/' as worker 0"),
         (["train", "--backend", "solo", "--option", "width"], "--option width: give name=value"),
@@ -241,6 +252,37 @@ def test_launch_runs_any_program():
     assert re.search(
         r"dtrain: worker 2 \(pid \d+\) ended with exit code 5; stopping the other 2 processes", done.stderr
     )
+
+
+def test_launch_tells_the_cause(tmp_path: Path):
+    """Of a script's own error: its type, and the first line of its text."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import dtrain\nif dtrain.connect().rank == 1:\n    raise RuntimeError('my own bug\\nand more')\n"
+    )
+    done = in_process("launch", "-n", "2", str(script))
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"dtrain: worker 1 \(pid \d+\) failed with RuntimeError: my own bug; stopping the other 1 process", last
+    )
+
+
+def test_launch_mixes_no_lines(tmp_path: Path):
+    """Lines of several workers that arrive in pieces stay whole where the output is not a terminal."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "for _ in range(300):\n"
+        "    for _ in range(4):\n"
+        "        os.write(1, os.environ['RANK'].encode() * 10)\n"
+        "    os.write(1, b'\\n')\n"
+    )
+    done = in_process("launch", "-n", "3", str(script))
+    assert done.returncode == 0, done.stderr
+    allowed = {"0" * 40, *(f"[worker {rank}] {str(rank) * 40}" for rank in (1, 2))}
+    assert set(done.stdout.splitlines()) == allowed
+    assert len(done.stdout.splitlines()) == 900
 
 
 def test_launch_with_a_reader_that_goes_away(tmp_path: Path):

@@ -1072,3 +1072,18 @@ def test_create_graph() -> None:
             square(model, batch(comm.rank)).backward(create_graph=True)
 
     on_threads(body)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_shares_that_do_not_add_up(sync: bool) -> None:
+    """Every worker says that all samples are its own: refused at the first step, on every worker."""
+
+    def body(comm: Backend) -> None:
+        model = mlp()
+        replica = replicate(model, comm)
+        with pytest.raises(UsageError, match=r"add up to 2\.00 times total"):
+            if not sync:
+                replica.backward(square(model, batch(comm.rank)), samples=4, total=8, sync=False)
+            replica.backward(square(model, batch(comm.rank)), samples=4, total=4 if sync else 8)
+
+    on_threads(body)

@@ -18,7 +18,7 @@ from dtrain import checkpoint, tables
 from dtrain.config import TrainConfig
 from dtrain.errors import DataError, UsageError
 from dtrain.recipes import build
-from dtrain.runs import RunSpec, train
+from dtrain.runs import RunSpec, check, train
 from tests.small import differences
 
 SMALL = RunSpec(recipe="digits", options=("width=4",), progress=False, steps=30, log_every=4)
@@ -268,10 +268,59 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no checkpoint here"):
         run(spec)
     run(dataclasses.replace(spec, resume=False))
-    before = (tmp_path / "summary.json").read_text()
-    with pytest.raises(DataError, match="nothing to train: the checkpoint is at step 4 already"):
+    before = {n: (tmp_path / n).read_text() for n in ("summary.json", "config.json", "metrics.jsonl")}
+    with pytest.raises(DataError, match="checkpoint is at step 4 already; raise --epochs or --steps"):
         run(spec)
-    assert (tmp_path / "summary.json").read_text() == before
+    with pytest.raises(DataError, match="checkpoint is at step 4 already; raise --epochs or --steps"):
+        check(spec, 2)
+    assert {n: (tmp_path / n).read_text() for n in before} == before
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
+    """What to resume a run of four steps with."""
+    spec = dataclasses.replace(SMALL, run_dir=str(tmp_path_factory.mktemp("four") / "run"), steps=4)
+    run(spec)
+    return dataclasses.replace(spec, resume=True, steps=6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"options": ("width=8",)}, "options is ['width=8'], and the run in {dir} has ['width=4']"),
+        ({"dtype": "float64"}, "dtype is 'float64', and the run in {dir} has 'float32'"),
+        ({"seed": 1}, "seed is 1, and the run in {dir} has 0"),
+        ({"global_batch": 32}, "global_batch is 32, and the run in {dir} has 64"),
+        ({"norm_batch": "global"}, "norm_batch is 'global', and the run in {dir} has 'worker'"),
+        ({"lr": 0.7}, "lr is 0.7, and the run in {dir} has 0.1"),
+        ({"clip_grad_norm": 1.0}, "clip_grad_norm is 1.0, and the run in {dir} has None"),
+        ({"amp": "bf16"}, "amp is 'bf16', and the run in {dir} has 'off'"),
+        ({"recipe": "synthetic", "options": ()}, "recipe is 'synthetic', and the run in {dir} has 'digits'"),
+    ],
+)
+def test_a_resumed_run_is_told_the_same(four_steps: RunSpec, change: dict[str, Any], said: str) -> None:
+    """And a refusal leaves what was there; it is the same before processes are started and in a worker."""
+    spec = dataclasses.replace(four_steps, **change)
+    file = Path(str(spec.run_dir), "config.json")
+    before = file.read_text()
+    for refuse in (lambda: check(spec, 2), lambda: run(spec)):
+        with pytest.raises(UsageError) as caught:
+            refuse()
+        assert said.format(dir=spec.run_dir) in str(caught.value)
+        assert "give the same, or another --run-dir" in str(caught.value)
+    assert file.read_text() == before
+
+
+def test_a_resumed_run_says_so(four_steps: RunSpec, capsys: pytest.CaptureFixture[str]) -> None:
+    """On worker 0, and that the schedule was another's; the recipe's own learning rate may be named."""
+    spec = dataclasses.replace(four_steps, progress=True, lr=0.1)
+    check(spec, 2)
+    assert run(spec)["steps"] == 6
+    assert capsys.readouterr().err.splitlines() == [
+        f"dtrain: resuming {spec.run_dir} at step 4 of 6",
+        "dtrain: this run is now 6 steps; up to step 4 its learning rate was planned for 4 steps",
+    ]
+    assert strict(Path(str(spec.run_dir), "config.json").read_text())["steps"] == 6
 
 
 # -- the update on one device -----------------------------------------------------------------------------------------

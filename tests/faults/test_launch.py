@@ -122,7 +122,8 @@ def test_an_exception_in_a_worker(folder: Path, backend: str):
     with started(folder, victims(backend, folder, fault="raise")) as job:
         pids = job.await_steps(2, step=5)
         assert job.ends(LIMIT_S) == 1
-        assert f"dtrain: worker 1 (pid {pids[1]}) ended with exit code 1" in launchers_line(job)
+        assert f"dtrain: worker 1 (pid {pids[1]}) failed with Boom: a bad batch; stopping" in launchers_line(job)
+        assert "[server]" not in job.err, "it would say the same again"
         assert re.search(r"^\[worker 1\] .*Traceback \(most recent call last\):", job.err, re.M)
         assert "Boom: a bad batch" in job.err
         # The other worker says what happened there, too.
@@ -154,6 +155,7 @@ def test_a_model_that_differs(folder: Path, backend: str):
         assert "LayoutError: models differ between workers, first at number 0" in job.err
         assert "worker 0 has weight (8, 64)" in job.err
         assert "worker 1 has weight (9, 64)" in job.err
+        assert re.search(r" failed with LayoutError: models differ .*\(exit code 76\); stopping", launchers_line(job))
 
 
 @pytest.mark.parametrize(
