@@ -23,7 +23,7 @@ from dtrain.comm.solo import Solo
 from dtrain.comm.threads import run_threads
 from dtrain.connect import connect
 from dtrain.errors import CommError, DtrainError, UsageError
-from dtrain.processes import cores
+from dtrain.processes import cores, remove
 from dtrain.ps.server import Server
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ def _raise_cause(answers: dict[int, tuple[str, Any]]) -> None:
 
 def _work(fn: Callable[..., Any], args: tuple[object, ...], task: _Task, end: Connection) -> None:
     """A worker's process."""
-    _end_with_parent()
+    _end_with_parent(task.folder)
     torch.set_num_threads(task.threads)
     comm = None
     try:
@@ -193,7 +193,7 @@ def _work(fn: Callable[..., Any], args: tuple[object, ...], task: _Task, end: Co
 
 def _serve(folder: str, workers: int, timeout_s: float) -> None:
     """The server's process."""
-    _end_with_parent()
+    _end_with_parent(folder)
     server = Server(f"ipc://{folder}/server", workers, timeout_s=timeout_s)
     try:
         server.run()
@@ -208,12 +208,13 @@ def _sendable(error: Exception) -> Exception | None:
     return type(error)(str(error)) if isinstance(error, DtrainError) else None
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
         if parent is not None:
             parent.join()
+            remove(folder)
             os._exit(CommError.exit_code)
 
     threading.Thread(target=watch, daemon=True, name="dtrain-lifeline").start()

@@ -42,13 +42,16 @@ class Child:
             argv: the command.
             place: what it is to find in its environment.
             threads: processor threads it may use.
-            prefix_output: put the name before each line that it prints; else lines are copied as they are, and a
-                terminal is handed on for progress bars.
+            prefix_output: put the name before each line that it prints; else lines are copied as they are. A terminal,
+                and stderr, are then its own.
         """
         self.name = name
         read_end, self._lifeline = os.pipe()
         place = env.Place(**{**vars(place), "launcher_fd": read_end})
-        targets = [None if not prefix_output and _is_terminal(s) else s for s in (sys.stdout, sys.stderr)]
+        # Errors without a name go straight to where ours go: they are whole lines, and outlive this process.
+        targets = (
+            [sys.stdout, sys.stderr] if prefix_output else [None if _is_terminal(sys.stdout) else sys.stdout, None]
+        )
         out, err = (None if target is None else subprocess.PIPE for target in targets)
         try:
             self.process = subprocess.Popen(

@@ -180,6 +180,16 @@ def test_doctor(dt, tmp_path: Path):
     assert all(problem in out for problem in facts["problems"])
 
 
+def test_doctor_shows_what_something_has_set(dt, monkeypatch: pytest.MonkeyPatch):
+    assert "as dtrain.connect() would take it: alone: no launcher" in dt("doctor")[1]
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "DTRAIN_JOB_DIR": "/nosuch"}.items():
+        monkeypatch.setenv(name, value)
+    out = dt("doctor")[1]
+    assert re.search(r"^  rank +1 +RANK$", out, re.M)
+    assert "job_dir" not in out
+    assert "default" not in out
+
+
 def test_doctor_says_what_is_wrong_with_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setattr(doctor, "_can_write_tmp", lambda: False)

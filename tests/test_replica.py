@@ -1081,9 +1081,10 @@ def test_shares_that_do_not_add_up(sync: bool) -> None:
     def body(comm: Backend) -> None:
         model = mlp()
         replica = replicate(model, comm)
+        if not sync:
+            replica.backward(square(model, batch(comm.rank)), samples=4, total=8, sync=False)
+        loss = square(model, batch(comm.rank))
         with pytest.raises(UsageError, match=r"add up to 2\.00 times total"):
-            if not sync:
-                replica.backward(square(model, batch(comm.rank)), samples=4, total=8, sync=False)
-            replica.backward(square(model, batch(comm.rank)), samples=4, total=4 if sync else 8)
+            replica.backward(loss, samples=4, total=4 if sync else 8)
 
     on_threads(body)

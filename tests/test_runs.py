@@ -331,8 +331,8 @@ def test_an_update_on_one_device_trains_the_same_weights(workers: int, tmp_path:
     """To the bit; and what that device carries more than each other one is what the method says.
 
     In a step it sends the parameters to n-1 others and receives n-1 gradients; each other one sends a gradient and
-    receives the parameters. A gradient has one more number a parameter tensor than the parameters. It alone holds the
-    momentum, as large as the parameters.
+    receives the parameters. A gradient has one more number a parameter tensor than the parameters, and one for the
+    worker's share of the samples. It alone holds the momentum, as large as the parameters.
     """
     spec = dataclasses.replace(SMALL, steps=8)
     one = run(dataclasses.replace(spec, run_dir=str(tmp_path / "one")), workers, devices=["cpu"] * workers)
@@ -341,13 +341,15 @@ def test_an_update_on_one_device_trains_the_same_weights(workers: int, tmp_path:
     assert not differences(*weights)
     tensors = list(build("digits", width=4).model.parameters())
     parameter_bytes = sum(4 * p.numel() for p in tensors)
-    gradient_bytes = parameter_bytes + 4 * len(tensors)
+    gradient_bytes = parameter_bytes + 4 * (len(tensors) + 1)
     others = workers - 1
     assert one["device0_extra_memory_bytes"] == parameter_bytes
     assert one["device0_extra_bytes_sent_per_step"] == others * parameter_bytes - gradient_bytes
     assert one["device0_extra_bytes_received_per_step"] == others * gradient_bytes - parameter_bytes
     assert one["bytes_sent_per_step"] == others * parameter_bytes
-    assert "Worker 0's device updates for all" in tables.run(one)
+    text = tables.run(one)
+    assert "Worker 0's device updates for all" in text
+    assert f"\n\n{tables.RATIO}\n{tables.SPEED}\n{tables.THREADS}" in text
 
 
 # -- how well it learns -----------------------------------------------------------------------------------------------

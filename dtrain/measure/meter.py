@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
 
 
 class Meter:
-    """A Backend around another one; `blocked_s` grows by the time in which `wait` blocks: exposed communication.
+    """A Backend around another one; `blocked_s` grows by the time spent in its calls, `wait` above all: exposed
+    communication.
 
     On CUDA, transfers are only queued by `wait`. While `precise` is set, the device is brought to a stop before and
     after, and the time between is counted; else nothing is.
@@ -37,10 +39,17 @@ class Meter:
         return self.inner.empty(numel, dtype, key, device)
 
     def all_reduce(self, flat: Tensor, key: str) -> Work:
-        return _Timed(self, self.inner.all_reduce(flat, key), flat.device)
+        return self._timed(self.inner.all_reduce, flat, key)
 
     def close(self) -> None:
         self.inner.close()
+
+    def _timed(self, start: Callable[[Tensor, str], Work], flat: Tensor, key: str) -> Work:
+        start_s = time.perf_counter()
+        work = start(flat, key)
+        if flat.device.type != "cuda":
+            self.blocked_s += time.perf_counter() - start_s
+        return _Timed(self, work, flat.device)
 
 
 class PrimaryMeter(Meter):
@@ -51,10 +60,10 @@ class PrimaryMeter(Meter):
         self._primary = inner
 
     def gather_sum(self, flat: Tensor, key: str) -> Work:
-        return _Timed(self, self._primary.gather_sum(flat, key), flat.device)
+        return self._timed(self._primary.gather_sum, flat, key)
 
     def send_first(self, flat: Tensor, key: str) -> Work:
-        return _Timed(self, self._primary.send_first(flat, key), flat.device)
+        return self._timed(self._primary.send_first, flat, key)
 
 
 def metered(comm: Backend) -> Meter:

@@ -244,13 +244,13 @@ def _records(comm: Any, job: Job) -> list[dict[str, float]]:
 
 
 def test_bytes_of_a_training_step() -> None:
-    """The gradient with one counter a parameter, and batch norm's messages; the same in every step."""
+    """The gradient with one counter a parameter and the share, and batch norm's messages; the same in every step."""
     numel = sum((5 * 8 + 8, 2 * 8, 8 * 8 + 8, 2 * 8, 8 + 1))
-    gradient = 8 * (numel + 10)
+    gradient = 8 * (numel + 10 + 1)
     job = Job("norm", count=24).with_config(norm_batch="global", log_every=1)
     for records in dtrain.run(_records, job, workers=2, backend="threads"):
-        # Two layers: mean, M2 and count of two workers forward, two sums of each channel backward, in float64.
-        norm = 2 * 8 * (2 * (2 * 8 + 1) + 2 * 8)
+        # Two layers: mean, M2, count and name of two workers forward, two sums of each channel backward, in float64.
+        norm = 2 * 8 * (2 * (2 * 8 + 2) + 2 * 8)
         assert [r["bytes_sent"] for r in records] == [gradient + norm] * 6
         assert [r["bytes_received"] for r in records] == [gradient + norm] * 6
     assert {r["bytes_sent"] for r in _records(Solo(), job)} == {0.0}
