@@ -21,6 +21,9 @@ from dtrain.tables import table
 
 Row = dict[str, Any]
 
+Times = tuple[Sequence[float], Sequence[float]]
+"""Seconds a step by round, of contender and baseline."""
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Flags of every script: --quick and --json."""
@@ -49,7 +52,12 @@ def alternate(
     return times
 
 
-def ratio_row(case: str, contender: str, baseline: str, times: tuple[Sequence[float], Sequence[float]]) -> Row:
+def join(runs: Sequence[Times]) -> Times:
+    """The rounds of several runs."""
+    return [second for run in runs for second in run[0]], [second for run in runs for second in run[1]]
+
+
+def ratio_row(case: str, contender: str, baseline: str, times: Times) -> Row:
     """A row of the record: the contender's time over the baseline's, round by round."""
     ratios = [c / b for c, b in zip(*times, strict=True)]
     return {
