@@ -194,7 +194,8 @@ def check(spec: RunSpec, workers: int) -> None:
     """
     check_place(spec)
     _named_device(spec)
-    _every_steps(spec.checkpoint_every)
+    if spec.checkpoint_every != "never":
+        _every_steps(spec.checkpoint_every)
     recipe = spec.build()
     total = _steps(spec.train_config(recipe), _loader(spec, recipe, 0, workers))
     if spec.resume and spec.run_dir is not None:

@@ -369,3 +369,9 @@ def test_digits_are_learnt(tmp_path: Path) -> None:
     assert f"{100 * summary['accuracy']:.2f} %" in done.stdout
     assert str(tmp_path / "run") in done.stdout
     assert summary["epochs"] == 12
+
+
+@pytest.mark.parametrize("every", ["never", "epoch", "3"])
+def test_when_to_save_is_understood_before_the_run(every: str) -> None:
+    """What a run takes, the look at it beforehand takes too."""
+    check(dataclasses.replace(SMALL, checkpoint_every=every), 2)
