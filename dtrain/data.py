@@ -261,25 +261,22 @@ class _Shares(IterableDataset[Any]):
 
 def empty(batch: Any) -> Any:
     """The batch without its samples: tensors of first dimension 0."""
-    if isinstance(batch, Tensor):
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: empty(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(empty(value) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(empty(value) for value in batch)
-    return batch
+    return _map_tensors(lambda tensor: tensor[:0], batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device."""
+    return _map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def _map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with each of its tensors changed; what else is in it stays."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return change(batch)
     if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        return {key: _map_tensors(change, value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*(_map_tensors(change, value) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(_map_tensors(change, value) for value in batch)
     return batch

@@ -436,8 +436,3 @@ def _extra(values: Sequence[float]) -> float:
 
 def _write(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(finite(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def command_line() -> str:
-    """How this process was called, for records."""
-    return " ".join(["dtrain", *sys.argv[1:]])

@@ -12,6 +12,9 @@ RATIO = (
 SPEED = "step ms is the median step; samples/s is over all steps of the run, the slow first ones too."
 THREADS = "threads: worker 0's device adds for all, so it sends more than any other worker; the figure is worker 0's."
 
+_FIGURES = ("step ms", "compute ms", "exposed comm ms", "ratio", "MB sent/step", "samples/s", "loss")
+"""Heads of the columns that every run has."""
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Columns as wide as their longest cell; the first `left` ones to the left, the rest to the right."""
@@ -30,13 +33,7 @@ def comparison(result: dict[str, Any]) -> str:
     scores = [name for name in ("accuracy", "perplexity") if any(name in run for run in runs.values())]
     head = [
         "backend",
-        "step ms",
-        "compute ms",
-        "exposed comm ms",
-        "ratio",
-        "MB sent/step",
-        "samples/s",
-        "loss",
+        *_FIGURES,
         *scores,
     ]
     rows = [[backend, *_timing(run), _loss(run), *(_score(run, s) for s in scores)] for backend, run in runs.items()]
@@ -64,13 +61,7 @@ def run(summary: dict[str, Any]) -> str:
     head = [
         "backend",
         "workers",
-        "step ms",
-        "compute ms",
-        "exposed comm ms",
-        "ratio",
-        "MB sent/step",
-        "samples/s",
-        "loss",
+        *_FIGURES,
     ]
     row = [summary["backend"], str(summary["workers"]), *_timing(summary), _loss(summary)]
     lines = [table([*head, *scores], [[*row, *(_score(summary, s) for s in scores)]])]
