@@ -93,8 +93,12 @@ def show(rows: Sequence[Row]) -> str:
 def record(rows: Sequence[Row], file: Path | None, **more: object) -> None:
     """Print the rows, and write them with what is needed to run them again."""
     print(show(rows))
-    if file is None:
-        return
+    if file is not None:
+        write(file, rows, **more)
+
+
+def write(file: Path, rows: Sequence[Row], **more: object) -> None:
+    """Write rows with what is needed to run them again."""
     contents = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit(),
@@ -144,5 +148,5 @@ def hardware() -> dict[str, object]:
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "load_before": round(psutil.getloadavg()[0], 2),
+        "load_average": round(psutil.getloadavg()[0], 2),
     }

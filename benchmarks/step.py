@@ -1,12 +1,15 @@
-"""A training step over `allreduce` against torch's DistributedDataParallel: same model, data, gloo group, in one run.
+"""A training step against torch's DistributedDataParallel over gloo: same model, data and processes, in one run.
 
-    python benchmarks/step.py                     all cases, some minutes
-    python benchmarks/step.py --quick --json F    one minute
+    python benchmarks/step.py                                  all-reduce, all cases, some minutes
+    python benchmarks/step.py --quick --json F                 one minute
+    python benchmarks/step.py --contender server --case mlp --optimizer sgd adam
+                                                               parameter servers that update, on shared memory
 
-Both take turns in the same processes, on the same batch; DDP is left as it comes, and beside it with
-gradient_as_bucket_view=True. A step is zero_grad, forward, loss, backward and an SGD step, each written as its
-documentation says: `loss.backward()` for DDP, `replica.backward(loss, samples=, total=)` for dtrain. A ratio below 1
-means that dtrain's step is the shorter one.
+Contenders: `allreduce` (gloo too), `ps` (servers sum, workers step) and `server` (servers sum and step). Both sides
+take turns in the same processes, on the same batch; DDP is left as it comes, and beside it with bucket views.
+A step is zero_grad, forward, loss, backward and an optimizer's step, each written as its documentation says:
+`loss.backward()` for DDP, `replica.backward(loss, samples=, total=)` for dtrain. A ratio below 1 means that dtrain's
+step is the shorter one.
 
 Where a model's memory happens to lie changes its step by some percent: two copies that run the same code differ. So
 each case is repeated in new processes, and whose model is made first alternates; the median is over all rounds.
@@ -14,14 +17,19 @@ each case is repeated in new processes, and whose model is made first alternates
 
 from __future__ import annotations
 
+import argparse
 import copy
+import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import common
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import dtrain
 from dtrain import recipes
@@ -54,47 +62,53 @@ QUICK = [
     Case("resnet18, batch 8", {"model": "resnet", "image": "64"}, 8, 2, 4, 3),
 ]
 
-CONTENDER = "dtrain allreduce"
+CONTENDERS = {"allreduce": "dtrain allreduce", "ps": "dtrain ps", "server": "dtrain ps, update on servers"}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
+    "adam": functools.partial(torch.optim.Adam, lr=1e-4),
+}
 BASELINES = {"DDP": False, "DDP, bucket views": True}
 
 
-def measure(comm: dtrain.Backend, case: Case, repeat: int) -> dict[str, common.Times]:
+def measure(
+    comm: dtrain.Backend, case: Case, repeat: int, contender: str, optimizer: str, folder: str
+) -> dict[str, common.Times]:
     """One worker: for each baseline, seconds a step of contender and baseline, by round."""
+    if not dist.is_initialized():
+        store = dist.FileStore(f"{folder}/store", comm.world_size)
+        dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.world_size)
     recipe = recipes.build("synthetic", **case.options)
     batch = recipe.train.batch(torch.arange(case.batch) + case.batch * comm.rank)  # type: ignore[attr-defined]
+    share = {"samples": case.batch, "total": case.batch * comm.world_size}
     found = {}
     for baseline, views in BASELINES.items():
         models = [copy.deepcopy(recipe.model) for _ in range(2)]
         own, other = models if repeat % 2 else models[::-1]
-        replica = dtrain.replicate(own, comm)
+        mine, theirs = (OPTIMIZERS[optimizer](model.parameters()) for model in (own, other))
+        update = dtrain.ServerUpdate(optimizer=mine) if contender == "server" else "worker"
+        replica = dtrain.replicate(own, comm, update=update)
         wrapped = DistributedDataParallel(other, gradient_as_bucket_view=views)
-        share = {"samples": case.batch, "total": case.batch * comm.world_size}
-        mine = common.alternate(
-            _step(own, recipe, batch, lambda loss, replica=replica, share=share: replica.backward(loss, **share)),
-            _step(wrapped, recipe, batch, torch.Tensor.backward),
-            rounds=case.rounds,
-            steps=case.steps,
-        )
+
+        def step(replica: dtrain.Replica = replica, model: nn.Module = own, optimizer: Optimizer = mine) -> None:
+            optimizer.zero_grad()
+            replica.backward(recipe.loss(model, batch), **share)
+            if replica.updates:
+                optimizer.step()
+            replica.publish()
+
+        def ddp_step(model: nn.Module = wrapped, optimizer: Optimizer = theirs) -> None:
+            optimizer.zero_grad()
+            recipe.loss(model, batch).backward()
+            optimizer.step()
+
+        times = common.alternate(step, ddp_step, rounds=case.rounds, steps=case.steps)
         if _same(own, other) > 1e-3:
             raise RuntimeError(f"{case.name}: the weights differ by {_same(own, other)}: not the same work")
         replica.close()
         # A step is over when its slowest worker is done: the mean over workers of their own clocks.
-        both = collectives.sum_numbers(comm, [second / comm.world_size for side in mine for second in side])
+        both = collectives.sum_numbers(comm, [second / comm.world_size for side in times for second in side])
         found[baseline] = both[: case.rounds], both[case.rounds :]
     return found
-
-
-def _step(
-    model: nn.Module, recipe: recipes.Recipe, batch: recipes.Batch, backward: Callable[[torch.Tensor], None]
-) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        backward(recipe.loss(model, batch))
-        optimizer.step()
-
-    return step
 
 
 def _same(a: nn.Module, b: nn.Module) -> float:
@@ -102,12 +116,21 @@ def _same(a: nn.Module, b: nn.Module) -> float:
     return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def _rows(case: Case, workers: int) -> list[common.Row]:
-    runs = [
-        dtrain.run(measure, case, repeat, workers=workers, backend="allreduce")[0] for repeat in range(case.repeats)
-    ]
+def _rows(case: Case, arguments: argparse.Namespace, optimizer: str) -> list[common.Row]:
+    backend = "allreduce" if arguments.contender == "allreduce" else "ps"
+    runs = []
+    for repeat in range(case.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            what = (case, repeat, arguments.contender, optimizer, folder)
+            servers = arguments.servers if backend == "ps" else 1
+            runs.append(dtrain.run(measure, *what, workers=arguments.workers, backend=backend, servers=servers)[0])
     return [
-        common.ratio_row(case.name, CONTENDER, baseline, common.join([run[baseline] for run in runs]))
+        common.ratio_row(
+            f"{case.name}, {optimizer}",
+            CONTENDERS[arguments.contender],
+            baseline,
+            common.join([run[baseline] for run in runs]),
+        )
         for baseline in BASELINES
     ]
 
@@ -115,13 +138,16 @@ def _rows(case: Case, workers: int) -> list[common.Row]:
 def main() -> None:
     flags = common.parser(__doc__ or "")
     flags.add_argument("--workers", type=int, default=2)
+    flags.add_argument("--contender", choices=CONTENDERS, default="allreduce")
+    flags.add_argument("--servers", type=int, default=1, help="for ps and server")
+    flags.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd"])
     flags.add_argument("--case", default="", help="only cases whose name contains this")
     arguments = flags.parse_args()
     rows = []
     for case in QUICK if arguments.quick else CASES:
-        if arguments.case in case.name:
-            rows += _rows(case, arguments.workers)
-    common.record(rows, arguments.json, workers=arguments.workers)
+        for optimizer in arguments.optimizer if arguments.case in case.name else []:
+            rows += _rows(case, arguments, optimizer)
+    common.record(rows, arguments.json, workers=arguments.workers, servers=arguments.servers)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dtrain import norm
 from dtrain.comm.base import Backend
+from dtrain.comm.hosts import ServerUpdate
 from dtrain.config import TrainConfig
 from dtrain.connect import connect
 from dtrain.data import Loader
@@ -21,6 +22,7 @@ __all__ = [
     "Hook",
     "Loader",
     "Replica",
+    "ServerUpdate",
     "State",
     "TrainConfig",
     "Trainer",

@@ -93,8 +93,9 @@ class Message:
             named: the list that the plan's positions refer to.
         """
         self.members = plan.members
-        self.names = [named[i][0] for i in plan.members]
-        self.parameters = [named[i][1] for i in plan.members]
+        self.named = [named[i] for i in plan.members]
+        self.names = [name for name, _ in self.named]
+        self.parameters = [parameter for _, parameter in self.named]
         self._missing = set(range(len(plan.members)))
 
     @property
@@ -178,7 +179,7 @@ class Bucket(Message):
         sizes = [p.numel() for p in self.parameters]
         self.flat = empty(sum(sizes) + flags, plan.dtype, plan.device)
         *parts, self.flags = self.flat.split([*sizes, flags])
-        self._views = [_like(part, p) for part, p in zip(parts, self.parameters, strict=True)]
+        self._views = [view_like(part, p) for part, p in zip(parts, self.parameters, strict=True)]
 
     def grant(self, slot: int) -> None:
         self.parameters[slot].grad = self._views[slot]
@@ -199,7 +200,7 @@ class Direct(Message):
     """One large gradient, summed where autograd has put it, if nobody else reads that memory."""
 
     def grant(self, slot: int) -> None:
-        self.parameters[slot].grad = _like(self.flat, self.parameters[slot])
+        self.parameters[slot].grad = view_like(self.flat, self.parameters[slot])
 
     def release(self) -> None:
         self.flat = self.flat.new_empty(0)
@@ -208,7 +209,7 @@ class Direct(Message):
         parameter = self.parameters[slot]
         if not _exclusive(gradient) or gradient.stride() != _strides(parameter):
             self.flat = gradient.new_empty(gradient.numel())
-            own = _like(self.flat, parameter)
+            own = view_like(self.flat, parameter)
             torch.mul(gradient, scale, out=own)
             parameter.grad = own
             return
@@ -231,7 +232,7 @@ def _strides(parameter: Tensor) -> tuple[int, ...]:
     return parameter.stride()
 
 
-def _like(flat: Tensor, parameter: Tensor) -> Tensor:
+def view_like(flat: Tensor, parameter: Tensor) -> Tensor:
     """A flat tensor seen in the shape and strides of a parameter."""
     return flat.as_strided(parameter.shape, _strides(parameter))
 

@@ -1,4 +1,4 @@
-"""The commands: train, compare, launch, server, doctor."""
+"""The commands: train, compare, launch, server, scheduler, keys, doctor."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from dtrain import __version__, doctor, env, tables
 from dtrain.compare import compare, python_m_dtrain
 from dtrain.connect import check_backend, connect
-from dtrain.errors import DtrainError, UsageError
+from dtrain.errors import DtrainError, Finished, UsageError
 from dtrain.hooks import finite
 from dtrain.jobs import run as run_job
-from dtrain.launcher import launch
+from dtrain.launcher import Plan, launch
 from dtrain.processes import end_with_launcher, leave_word
+from dtrain.ps import keys
+from dtrain.ps.members import Terms
+from dtrain.ps.metrics import Metrics
+from dtrain.ps.scheduler import Scheduler, register
 from dtrain.ps.server import Server
 from dtrain.runs import RunSpec, Task, check, check_place
 from dtrain.runs import train as train_run
+from dtrain.serving import bind_towards, leave_address, seen_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,12 @@ class Train(RunSpec, _Run):
     DTRAIN_BACKEND, else ps."""
     workers: Annotated[int, arg(aliases=["-n"])] = 2
     """Number of workers; inside a job, the job's."""
+    servers: int = 1
+    """For ps: number of servers, which share every large tensor."""
+    lanes: Literal["auto", "off"] = "auto"
+    """For ps: auto sends through shared memory on one host; off through sockets only."""
+    max_restarts: int = 3
+    """With --on-worker-loss wait: how many processes may be started again, in all."""
     devices: Annotated[tuple[str, ...], arg(metavar="DEVICE ...", help_behavior_hint="")] = ()
     """For threads: a device for each worker (cuda:0 cuda:1). Gradients are gathered and the update is made on the first
     one, and parameters are handed out from there, as in DataParallel."""
@@ -72,13 +83,22 @@ class Train(RunSpec, _Run):
             raise UsageError(f"workers is {self.workers}: a job has at least one")
         if self.devices and backend != "threads":
             raise UsageError(f"--devices goes with --backend threads, not {backend}; see --device")
+        self.spec().check_loss(backend)
+        plan = Plan(
+            workers=self.workers,
+            backend=backend,
+            servers=self.servers,
+            timeout_s=self.timeout_s,
+            on_worker_loss=self.on_worker_loss,
+            max_restarts=self.max_restarts,
+            preemptible=self.checkpoint_every != "never",
+        )
         if not env.in_job():
             check(self.spec(), 1 if backend == "solo" else len(self.devices) or self.workers)
         if backend in ("solo", "threads") or env.in_job():
             return self._work(backend)
         run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
-        command = python_m_dtrain(*argv, "--run-dir", run_dir)
-        return launch(command, workers=self.workers, backend=backend, timeout_s=self.timeout_s)
+        return launch(python_m_dtrain(*argv, "--run-dir", run_dir), plan)
 
     def _work(self, backend: str) -> int:
         """Train, as one worker or as all of them in this process."""
@@ -98,7 +118,11 @@ class Train(RunSpec, _Run):
             )[0]
             first = env.resolve().rank == 0
         else:
-            comm = connect(backend, timeout_s=self.timeout_s)
+            try:
+                comm = connect(backend, lanes=self.lanes, timeout_s=self.timeout_s)
+            except Finished as over:
+                print(f"dtrain: {over}", file=sys.stderr)
+                return 0
             try:
                 summary = train_run(comm, spec)
             finally:
@@ -183,7 +207,13 @@ class Launch:
     backend: str = "allreduce"
     """What dtrain.connect() takes by default; ps starts a server beside the workers."""
     servers: int = 1
-    """Number of servers for ps; one is supported."""
+    """For ps: number of servers, which share every large tensor."""
+    on_worker_loss: Literal["fail", "wait", "drop"] = "fail"
+    """For ps, when a process dies. fail: the rest is ended. wait: it is started again, and its dtrain.connect() finds
+    the job; the others' calls raise Rewound, and a Trainer with rewind_to goes back to its last checkpoint. drop: the
+    others go on."""
+    max_restarts: int = 3
+    """With --on-worker-loss wait: how many processes may be started again, in all."""
     timeout_s: float = 60.0
     """Longest wait of a worker for another, in seconds."""
     threads: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
@@ -193,62 +223,95 @@ class Launch:
         if not command:
             raise UsageError("nothing to launch: dtrain launch -n 2 --backend ps script.py")
         check_backend(self.backend)
-        if self.workers < 1 or self.servers != 1:
-            raise UsageError(f"workers is {self.workers}, servers {self.servers}: one worker or more, and one server")
         if self.backend == "threads":
             raise UsageError("backend is threads, which needs no processes: call dtrain.run(fn, workers=n) in a script")
         if self.backend == "solo" and self.workers > 1:
             raise UsageError(f"backend solo is a world of one, and workers is {self.workers}: give -n 1")
+        plan = Plan(
+            workers=self.workers,
+            backend=self.backend,
+            servers=self.servers,
+            timeout_s=self.timeout_s,
+            threads=self.threads,
+            on_worker_loss=self.on_worker_loss,
+            max_restarts=self.max_restarts,
+        )
         if command[0].endswith(".py"):
             if not Path(command[0]).is_file():
                 raise UsageError(f"{command[0]}: there is no such script in {Path.cwd()}: give its path")
             command = [sys.executable, *command]
-        return launch(
-            command,
-            workers=self.workers,
-            backend=self.backend,
-            timeout_s=self.timeout_s,
-            threads=self.threads,
-        )
+        return launch(command, plan)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerCommand:
     """Run the parameter server by hand: dtrain server --bind tcp://127.0.0.1:5555 --workers 4.
 
-    Workers find it by DTRAIN_SERVERS, or connect(server=...). It ends when all workers have left.
+    Workers find it by DTRAIN_SERVERS, or connect(server=...); several servers, also by a scheduler. It ends when all
+    workers have left.
     """
 
     bind: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="")] = None
     """ipc:///path or tcp://host:port; port 0 takes a free one, which is printed. Default: from DMLC_PS_ROOT_URI and
-    DMLC_PS_ROOT_PORT."""
+    DMLC_PS_ROOT_PORT; with a scheduler, a free port at the address by which that sees this host."""
+    scheduler: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    """Register there, see `dtrain scheduler`. Default: DTRAIN_SCHEDULER; or, with DMLC_NUM_SERVER of 2 or more, from
+    DMLC_PS_ROOT_URI and DMLC_PS_ROOT_PORT."""
     workers: Annotated[int | None, arg(aliases=["-n"], metavar="N", help_behavior_hint="")] = None
     """How many workers take part. Default: from DMLC_NUM_WORKER."""
+    server: Annotated[int | None, arg(metavar="I", help_behavior_hint="")] = None
+    """Which of the servers this is, from 0; workers name them in this order. Default: 0, or what the scheduler says."""
+    servers: Annotated[int | None, arg(metavar="S", help_behavior_hint="")] = None
+    """How many servers the job has; each sums and keeps a part of every large tensor. Default: 1, or what the scheduler
+    says."""
     timeout_s: float = 60.0
     """How long a round waits for its last worker, in seconds."""
     connect_timeout_s: float = 60.0
-    """How long to wait for all workers to join, in seconds."""
+    """How long to wait for all workers to join, in seconds; also for those that come back after a loss."""
+    on_worker_loss: Literal["fail", "wait", "drop"] = "fail"
+    """fail ends the job; wait rewinds it to its last commit when a replacement has come; drop goes on without it."""
+    threads: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Threads that work on sums. Default: the cores, shared out between the servers."""
+    credit_mb: float = 1024.0
+    """Most that one worker may have under way through the socket, in MiB."""
+    keys: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Directory of CURVE keys, made by `dtrain keys DIR`: needed beyond this host. Default: DTRAIN_KEYS."""
+    metrics_port: Annotated[int | None, arg(metavar="PORT", help_behavior_hint="")] = None
+    """Tell figures to Prometheus at http://127.0.0.1:PORT/metrics (extra dtrain[metrics]); 0 takes a free port."""
     insecure_no_encryption: bool = False
-    """Listen beyond this host, where anybody may read and write: for networks that you trust."""
+    """Listen beyond this host without keys, where anybody may read and write: for networks that you trust."""
 
     def run(self, argv: Sequence[str]) -> int:
-        place = env.resolve(rank=0, world_size=self.workers, servers=self.bind)
-        if place.servers is None:
+        given: dict[str, Any] = {"servers": self.bind, "scheduler": self.scheduler, "keys": self.keys}
+        place = env.resolve(role="server", rank=0, world_size=self.workers, **given)
+        bind = place.servers
+        if bind is None and place.scheduler is not None:
+            bind = bind_towards(place.scheduler)
+        if bind is None:
             raise UsageError(
                 "no address: give --bind tcp://127.0.0.1:5555, or set DMLC_PS_ROOT_URI and DMLC_PS_ROOT_PORT"
             )
-        end_with_launcher(place, "server")
+        number, servers = self.server or 0, self._told_servers(place)
+        most = number + 1 if servers is None else servers
+        if not 0 <= number < most or (self.threads is not None and self.threads < 1):
+            raise UsageError(f"server is {number} of {servers}, threads {self.threads}: servers count from 0")
+        end_with_launcher(place, self._name(place))
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of `finally`, below
         server = Server(
-            place.servers,
-            place.world_size,
-            job_id=place.job_id,
-            timeout_s=self.timeout_s,
-            connect_timeout_s=self.connect_timeout_s,
+            bind,
+            lambda address: self._terms(place, address),
+            threads=self.threads,
+            keys=None if place.keys is None else Path(place.keys),
             insecure_no_encryption=self.insecure_no_encryption,
         )
+        leave_address(place.job_dir, server.address)
+        metrics = None
+        if self.metrics_port is not None:
+            metrics = Metrics(self.metrics_port, server.terms.server, server.figures)
+            print(f"metrics at http://127.0.0.1:{metrics.port}/metrics", flush=True)
         if place.launcher_fd is None:
-            print(f"listening at {server.address} for {place.world_size} workers", flush=True)
+            which = f", as server {server.terms.server} of {server.terms.num_servers}" if place.scheduler else ""
+            print(f"listening at {server.address} for {place.world_size} workers{which}", flush=True)
         try:
             server.run()
         except DtrainError as error:
@@ -257,7 +320,121 @@ class ServerCommand:
             leave_word(error)  # the workers have been told, and say it
             return error.exit_code
         finally:
+            if metrics is not None:
+                metrics.close()
             server.close()
+        return 0
+
+    def _told_servers(self, place: env.Place) -> int | None:
+        """How many servers there are; None if the scheduler alone knows."""
+        told = place.num_servers if self.servers is None else self.servers
+        return 1 if told is None and place.scheduler is None else told
+
+    def _terms(self, place: env.Place, address: str) -> Terms:
+        """What this server, which listens at the address, is to do; with the number that the scheduler gives it."""
+        number, told = self.server or 0, self._told_servers(place)
+        servers = told or 1
+        if place.scheduler is not None:
+            number, servers = register(
+                place.scheduler,
+                seen_from(place.scheduler, address),
+                wanted=self.server,
+                job_id=place.job_id,
+                keys=None if place.keys is None else Path(place.keys),
+                timeout_s=self.connect_timeout_s,
+            )
+            if told not in (None, servers):
+                raise UsageError(
+                    f"servers is {told}, and {servers} at the scheduler, {place.scheduler}: start all alike"
+                )
+        return Terms(
+            world_size=place.world_size,
+            job_id=place.job_id,
+            server=number,
+            num_servers=servers,
+            on_loss=self.on_worker_loss,
+            timeout_s=self.timeout_s,
+            connect_timeout_s=self.connect_timeout_s,
+            credit_bytes=int(self.credit_mb * 2**20),
+        )
+
+    def _name(self, place: env.Place) -> str:
+        return "server" if self.servers in (None, 1) else f"server {self.server or 0}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerCommand:
+    """Tell servers and workers of each other: dtrain scheduler --bind tcp://127.0.0.1:5555 --servers 2 --workers 4.
+
+    Servers and workers find it by DTRAIN_SCHEDULER, `dtrain server --scheduler`, connect(scheduler=...), or ps-lite's
+    DMLC_PS_ROOT_URI and DMLC_PS_ROOT_PORT with DMLC_NUM_SERVER of 2 or more. No step needs it: it ends when everyone
+    has asked.
+    """
+
+    bind: Annotated[str | None, arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    """ipc:///path or tcp://host:port; port 0 takes a free one, which is printed. Default: DTRAIN_SCHEDULER, or from
+    DMLC_PS_ROOT_URI and DMLC_PS_ROOT_PORT."""
+    servers: Annotated[int | None, arg(metavar="S", help_behavior_hint="")] = None
+    """How many servers the job has. Default: DMLC_NUM_SERVER."""
+    workers: Annotated[int | None, arg(aliases=["-n"], metavar="N", help_behavior_hint="")] = None
+    """How many workers are to ask before it ends. Default: from DMLC_NUM_WORKER, or 1."""
+    timeout_s: float = 60.0
+    """How long to wait for all servers to register and all workers to ask, in seconds."""
+    idle_s: float = 10.0
+    """How long to stay after the last message when all have asked, in seconds."""
+    keys: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Directory of CURVE keys, made by `dtrain keys DIR`: needed beyond this host. Default: DTRAIN_KEYS."""
+    insecure_no_encryption: bool = False
+    """Listen beyond this host without keys, where anybody may read and write: for networks that you trust."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        given: dict[str, Any] = {"scheduler": self.bind, "keys": self.keys}
+        place = env.resolve(role="scheduler", rank=0, world_size=self.workers, **given)
+        servers = place.num_servers if self.servers is None else self.servers
+        if place.scheduler is None and place.servers is not None and servers == 1:
+            print(f"one server, which listens at {place.servers} itself: no scheduler is needed", flush=True)
+            return 0
+        if place.scheduler is None:
+            raise UsageError(
+                "no address: give --bind tcp://127.0.0.1:5555, or set DTRAIN_SCHEDULER, or DMLC_PS_ROOT_URI and "
+                "DMLC_PS_ROOT_PORT"
+            )
+        if servers is None:
+            raise UsageError("servers is not given: say --servers 2, or set DMLC_NUM_SERVER")
+        end_with_launcher(place, "scheduler")
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of `finally`, below
+        scheduler = Scheduler(
+            place.scheduler,
+            servers,
+            num_workers=place.world_size,
+            keys=None if place.keys is None else Path(place.keys),
+            insecure_no_encryption=self.insecure_no_encryption,
+            job_id=place.job_id,
+            timeout_s=self.timeout_s,
+            idle_s=self.idle_s,
+        )
+        try:
+            print(f"listening at {scheduler.address} for {servers} servers, {place.world_size} workers", flush=True)
+            scheduler.run()
+        finally:
+            scheduler.close()
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysCommand:
+    """Make the keys that servers and workers need beyond one host: dtrain keys DIR.
+
+    Writes server.public, server.secret, worker.public and worker.secret (CURVE). Copy the directory to every host by a
+    way that you trust, and give it with --keys DIR or DTRAIN_KEYS; a worker needs no server.secret.
+    """
+
+    folder: Annotated[Path, Positional, arg(metavar="DIR")]
+    """Directory to make them in; only its owner may read it."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        keys.make(self.folder)
+        print(f"keys are in {self.folder}: give it to `dtrain server --keys`, and to workers as DTRAIN_KEYS")
         return 0
 
 
@@ -283,13 +460,16 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     ),
     "launch": (Launch, "run a script of your own as n workers on this host"),
     "server": (ServerCommand, "run the parameter server by hand"),
+    "scheduler": (SchedulerCommand, "tell several servers and their workers of each other"),
+    "keys": (KeysCommand, "make the keys that the parameter server needs beyond one host"),
     "doctor": (Doctor, "what is here, and what would go wrong"),
 }
 
 _ABOUT = f"""dtrain {__version__}: data-parallel training on PyTorch, over a parameter server or all-reduce.
 
 Begin with: dtrain compare digits    (two backends, one model)
-A command ends with 0, or with: 64 usage, 65 bad data, 69 another process lost, 76 protocol.
+A command ends with 0, or with: 64 usage, 65 bad data, 69 another process lost, 75 asked to stop
+and saved, 76 protocol, 77 key refused.
 DTRAIN_DEBUG=1 shows tracebacks, DTRAIN_LOG_LEVEL=info the place in the job.
 """
 
@@ -321,7 +501,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _overview(arguments: list[str]) -> int:
     """What the commands are, and whether that was asked for."""
-    lines = [f"  {name:<9}{what}" for name, (_, what) in _COMMANDS.items()]
+    lines = [f"  {name:<11}{what}" for name, (_, what) in _COMMANDS.items()]
     text = "\n".join([_ABOUT, "commands:", *lines, "", "dtrain COMMAND --help explains one of them."])
     if arguments[:1] in (["-h"], ["--help"], ["help"]):
         print(text)

@@ -16,7 +16,7 @@ from dtrain import checkpoint, env
 from dtrain.connect import connect
 from dtrain.errors import DataError, UsageError
 from dtrain.jobs import run as run_job
-from dtrain.launcher import launch
+from dtrain.launcher import Plan, launch
 from dtrain.runs import RunSpec, train
 
 _KEPT = (
@@ -78,7 +78,7 @@ def _one(spec: RunSpec, backend: str, workers: int, run_dir: Path) -> RunSpec:
 def _start(command: Sequence[str], backend: str, workers: int, timeout_s: float) -> None:
     if _is_alone(backend):
         workers, backend = 1, "solo"
-    code = launch(command, workers=workers, backend=backend, timeout_s=timeout_s)
+    code = launch(command, Plan(workers=workers, backend=backend, timeout_s=timeout_s))
     if code:
         raise SystemExit(code)
 

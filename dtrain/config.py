@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dtrain.errors import UsageError
@@ -22,6 +23,23 @@ class TrainConfig:
     """Mixed precision: the type that autocast computes in. fp16 scales the loss."""
     norm_batch: Literal["worker", "global"] | None = None
     """Samples that share batch-norm statistics: those of each worker, or of all workers. None: as the model has it."""
+    update: Literal["worker", "first", "server"] = "worker"
+    """Who steps the optimizer: every worker its own; worker 0 for all (DataParallel's way); or the servers of ps, which
+    keep the parameters and one copy of the optimizer's state."""
+    staleness: int | None = 0
+    """With update=server: steps that the fastest worker may be ahead of the slowest; 0: synchronous, None: no bound."""
+    backup_workers: int = 0
+    """With update=server: make each step of the gradients that come first, without the last so many."""
+    damping: bool = False
+    """With staleness: divide the learning rate by the staleness of each gradient."""
+    delay_compensation: float = 0.0
+    """With staleness: lambda of DC-ASGD, which corrects a gradient for what others changed meanwhile."""
+    nonfinite: Literal["allow", "skip", "abort"] = "allow"
+    """What to do when a gradient of any worker is NaN or infinite: nothing; leave the step out; end the run. The last
+    two name the worker and the parameter, and cost a look at the gradients and one message a step."""
+    rewind_to: Path | None = None
+    """Directory of checkpoints to go back to when a process of the job was lost and replaced (servers started with
+    on_loss=wait): the run goes on from there to the same bits. None: such a loss ends the run."""
     seed: int = 0
     """Decides the random numbers of each worker; the order of the data is the Loader's."""
     bucket_mb: float = 8.0
@@ -42,6 +60,30 @@ class TrainConfig:
                 raise UsageError(f"{name} is {value}: give more than 0")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}: give 0 or more")
-        for name, choices in (("amp", ("off", "bf16", "fp16")), ("norm_batch", ("worker", "global"))):
+        servers_only = {"staleness": 0, "backup_workers": 0, "damping": False, "delay_compensation": 0.0}
+        for name, default in servers_only.items():
+            if self.update != "server" and getattr(self, name) != default:
+                raise UsageError(f"{name} is {getattr(self, name)} with update={self.update}: it needs update=server")
+        if self.update == "server" and self.amp == "fp16":
+            raise UsageError("amp is fp16 with update=server: servers do not scale losses; use bf16")
+        if self.norm_batch == "global" and not self.joint:
+            raise UsageError(
+                "norm_batch is global, where workers do not wait for each other: give norm_batch=worker, or "
+                "staleness=0 and no backup workers"
+            )
+        if self.update == "server" and self.nonfinite != "allow":
+            raise UsageError(f"nonfinite is {self.nonfinite!r} with update=server: it is for update=worker and first")
+        choices_of = {
+            "amp": ("off", "bf16", "fp16"),
+            "norm_batch": ("worker", "global"),
+            "update": ("worker", "first", "server"),
+            "nonfinite": ("allow", "skip", "abort"),
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in (*choices, *((None,) if name == "norm_batch" else ())):
                 raise UsageError(f"{name} is {getattr(self, name)!r}: one of {', '.join(choices)}")
+
+    @property
+    def joint(self) -> bool:
+        """Whether every step is made of all workers' gradients: they all wait for each other."""
+        return self.staleness == 0 and not self.backup_workers

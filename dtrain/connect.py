@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -16,9 +16,11 @@ from dtrain.comm.allreduce import AllReduce
 from dtrain.comm.base import Backend
 from dtrain.comm.rendezvous import meet, open_store
 from dtrain.comm.solo import Solo
-from dtrain.errors import ConnectError, UsageError
-from dtrain.processes import Child, end_with_launcher, remove, server_command
+from dtrain.errors import UsageError
+from dtrain.processes import end_with_launcher
 from dtrain.ps.client import ParameterServer
+from dtrain.ps.scheduler import lookup
+from dtrain.serving import own_servers
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ def connect(
     world_size: int | None = None,
     store: str | None = None,
     server: str | None = None,
+    scheduler: str | None = None,
+    lanes: str | None = None,
     timeout_s: float | None = None,
     connect_timeout_s: float = 30.0,
 ) -> Backend:
@@ -61,8 +65,11 @@ def connect(
         rank: this worker's number, from 0.
         world_size: number of workers.
         store: where workers of `allreduce` meet: `tcp://host:port` or `file:///path`.
-        server: where the parameter server of `ps` is: `ipc:///path` or `tcp://host:port`. Under torchrun on one host,
-            worker 0 starts one when none is named.
+        server: where the parameter server of `ps` is: `ipc:///path` or `tcp://host:port`; several with commas between,
+            in the same order on all workers. Under torchrun, a server on each host is started when none is named.
+        scheduler: instead of `server`: where `dtrain scheduler` tells of the servers of `ps`.
+        lanes: for `ps`: `auto` (the default) sends through shared memory what a server on this host can see there;
+            `off` uses sockets only.
         timeout_s: longest wait for another process in any later call, in seconds; default 60.
         connect_timeout_s: longest wait for the others here, in seconds.
 
@@ -72,7 +79,14 @@ def connect(
         ProtocolError: something else than dtrain answers at the address.
     """
     place = env.resolve(
-        backend=backend, rank=rank, world_size=world_size, store=store, servers=server, timeout_s=timeout_s
+        backend=backend,
+        rank=rank,
+        world_size=world_size,
+        store=store,
+        servers=server,
+        scheduler=scheduler,
+        lanes=lanes,
+        timeout_s=timeout_s,
     )
     if place.role != "worker":
         raise UsageError(
@@ -146,54 +160,34 @@ def _allreduce(request: Request) -> Backend:
 
 def _ps(request: Request) -> Backend:
     place = request.place
-    address, stop = place.servers, None
+    keys = None if place.keys is None else Path(place.keys)
+    address: str | list[str] | None = place.servers
+    stop = None
+    if address is None and place.scheduler is not None:
+        address = lookup(place.scheduler, job_id=place.job_id, keys=keys, timeout_s=request.connect_timeout_s)
+        if place.num_servers not in (None, len(address)):
+            raise UsageError(
+                f"num_servers is {place.num_servers}, and the scheduler at {place.scheduler} tells of "
+                f"{len(address)}: start all alike"
+            )
     if address is None:
-        address, stop = _own_server(request)
-    if "," in address:
-        raise UsageError(f"servers is {address!r}: one server is supported, name one address")
+        if place.world_size > 1 and place.store is None:
+            raise UsageError("backend ps needs the address of its server: give server=, or set DTRAIN_SERVERS")
+        store = _met(request, "ps") if place.world_size > 1 else None
+        waits = {"timeout_s": request.timeout_s, "wait_s": request.connect_timeout_s}
+        address, stop = own_servers(place, store, **waits)
     return ParameterServer(
         address,
         place.rank,
         place.world_size,
         job_id=place.job_id,
+        incarnation=place.restart,
         timeout_s=request.timeout_s,
         connect_timeout_s=request.connect_timeout_s,
+        lanes=place.lanes,
+        keys=keys,
         on_close=stop,
     )
-
-
-def _own_server(request: Request) -> tuple[str, Callable[[], None] | None]:
-    """Address of a server that worker 0 starts for the job, on one host; on worker 0, what ends it afterwards."""
-    place = request.place
-    if place.local_world_size != place.world_size:
-        raise UsageError(
-            "the workers are on several hosts and no server is named: start one with `dtrain server --bind tcp://…` "
-            "and give its address by server= or DTRAIN_SERVERS"
-        )
-    if place.world_size > 1 and place.store is None:
-        raise UsageError("backend ps needs the address of its server: give server=, or set DTRAIN_SERVERS")
-    store = _met(request, "ps") if place.world_size > 1 else None
-    if place.rank == 0:
-        folder = tempfile.mkdtemp(prefix="dtrain-")
-        address = f"ipc://{folder}/server"
-        inner = env.Place(role="server", job_id=place.job_id, job_dir=folder)
-        server = Child("server", server_command(address, place.world_size, timeout_s=request.timeout_s), inner)
-        if store is not None:
-            store.set("server", address)
-
-        def stop(_: dist.Store | None = store) -> None:  # holds the store until all have joined
-            server.wait(2.0)  # it ends by itself when all workers have left
-            server.stop()
-            remove(folder)
-
-        return address, stop
-    assert store is not None  # noqa: S101  (there is a rank above 0)
-    try:
-        return store.get("server").decode(), None
-    except RuntimeError as error:
-        raise ConnectError(
-            f"worker {place.rank}: worker 0 came, but has not started the server: it has ended"
-        ) from error
 
 
 def _met(request: Request, backend: str) -> dist.Store:

@@ -18,25 +18,30 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "backend": ("DTRAIN_BACKEND",),
     "rank": ("RANK", "DMLC_WORKER_ID"),
     "world_size": ("WORLD_SIZE", "DMLC_NUM_WORKER"),
+    "num_servers": ("DMLC_NUM_SERVER",),
     "local_rank": ("LOCAL_RANK",),
     "local_world_size": ("LOCAL_WORLD_SIZE",),
     "store": ("DTRAIN_STORE",),
     "servers": ("DTRAIN_SERVERS",),
+    "scheduler": ("DTRAIN_SCHEDULER",),
     "role": ("DTRAIN_ROLE", "DMLC_ROLE"),
     "job_id": ("DTRAIN_JOB_ID", "TORCHELASTIC_RUN_ID"),
-    "restart": ("TORCHELASTIC_RESTART_COUNT",),
+    "restart": ("DTRAIN_RESTART", "TORCHELASTIC_RESTART_COUNT"),
+    "keys": ("DTRAIN_KEYS",),
+    "lanes": ("DTRAIN_LANES",),
     "timeout_s": ("DTRAIN_TIMEOUT_S",),
     "launcher_fd": ("DTRAIN_LAUNCHER_FD",),
     "job_dir": ("DTRAIN_JOB_DIR",),
 }
 """Field of `Place` -> the variables that may set it, the first being the main name."""
 
-_PAIRS = {"store": ("MASTER_ADDR", "MASTER_PORT"), "servers": ("DMLC_PS_ROOT_URI", "DMLC_PS_ROOT_PORT")}
-"""Fields that a host and a port variable together may set, where the field's own variable is absent."""
+_MASTER = ("MASTER_ADDR", "MASTER_PORT")
+_ROOT = ("DMLC_PS_ROOT_URI", "DMLC_PS_ROOT_PORT")
+"""Host and port variables, which together may set a field where its own variable is absent: see `_pairs`."""
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
-_INTEGERS = {"rank", "world_size", "local_rank", "local_world_size", "restart", "launcher_fd"}
+_INTEGERS = {"rank", "world_size", "local_rank", "local_world_size", "restart", "launcher_fd", "num_servers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +61,21 @@ class Place:
     store: str | None = None
     """Where workers meet: `tcp://host:port` or `file:///path`."""
     servers: str | None = None
-    """Address of the parameter server: `ipc:///path` or `tcp://host:port`."""
+    """Addresses of the parameter servers, with commas between: `ipc:///path` or `tcp://host:port`."""
+    scheduler: str | None = None
+    """Where the scheduler listens, that tells of the servers; for itself and for those that name none."""
+    num_servers: int | None = None
+    """Number of servers, where something has set it."""
     role: str = "worker"
-    """`worker` or `server`."""
+    """`worker`, `server` or `scheduler`."""
     job_id: str = ""
     """Tells one job from another that uses the same address."""
     restart: int = 0
-    """How often the launcher has restarted the job."""
+    """How often the launcher has started this process, or the job, again."""
+    keys: str | None = None
+    """Directory of CURVE keys."""
+    lanes: str = "auto"
+    """`auto`: shared memory where both ends see the same; `off`: sockets only."""
     timeout_s: float | None = None
     """Longest wait for another process, in seconds."""
     launcher_fd: int | None = None
@@ -73,8 +86,8 @@ class Place:
     """Field -> the argument or the variable that set it."""
 
     def __post_init__(self) -> None:
-        if self.role not in ("worker", "server"):
-            raise UsageError(f"role is {self.role!r}: it is worker or server; dtrain needs no scheduler")
+        if self.role not in ("worker", "server", "scheduler"):
+            raise UsageError(f"role is {self.role!r}: it is worker, server or scheduler")
         if self.world_size < 1:
             raise UsageError(f"world_size is {self.world_size}: a job has at least one worker")
         if not 0 <= self.rank < self.world_size:
@@ -101,11 +114,12 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
     environ = os.environ if environ is None else environ
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
+    pairs = _pairs(environ, arguments)
     for name in VARIABLES:
         if arguments.get(name) is not None:
             values[name], sources[name] = arguments[name], "argument"
             continue
-        found = _read(environ, name)
+        found = _read(environ, name, pairs)
         if found:
             values[name], sources[name] = _number(name, *found), found[1]
     if values.get("world_size", 1) != 1 and "rank" not in values:
@@ -113,30 +127,65 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
             f"world_size is {values['world_size']} ({sources['world_size']}) and no rank is given: set RANK, or "
             "DMLC_WORKER_ID, to this worker's number"
         )
+    if values.get("role", "worker") == "worker":
+        _choose_servers(values, sources)
     if "local_world_size" not in values and "local_rank" not in values:
         _assume_one_host(values, environ)
     return Place(**values, sources=sources)  # type: ignore[arg-type]
 
 
+def _pairs(environ: Mapping[str, str], arguments: Mapping[str, object]) -> dict[str, tuple[str, str]]:
+    """Field -> the host and port variables that set it, where its own variable is absent.
+
+    ps-lite's pair names the job's scheduler when there are several servers (DMLC_NUM_SERVER is 2 or more). A single
+    server needs none: the pair is its own address. Without DMLC_NUM_SERVER, the pair is the address of the process
+    that listens there: the scheduler in the scheduler's own process, else the server.
+    """
+    role = arguments.get("role") or (_read(environ, "role", {}) or [""])[0]
+    count = _read(environ, "num_servers", {})
+    several = role == "scheduler" if count is None else int(str(_number("num_servers", *count))) > 1
+    return {"store": _MASTER, "scheduler" if several else "servers": _ROOT}
+
+
+def _choose_servers(values: dict[str, object], sources: dict[str, str]) -> None:
+    """A worker finds the servers by name or by the scheduler: an argument, then dtrain's variable, then ps-lite's.
+
+    Raises:
+        UsageError: both are given, and neither counts for more.
+    """
+    if "servers" not in values or "scheduler" not in values:
+        return
+    order = ({"argument"}, {*VARIABLES["servers"], *VARIABLES["scheduler"]}, {", ".join(_ROOT)})
+    first, second = ([sources[name] in kind for kind in order] for name in ("servers", "scheduler"))
+    if first == second:
+        raise UsageError(
+            f"servers is {values['servers']} ({sources['servers']}) and scheduler {values['scheduler']} "
+            f"({sources['scheduler']}): the scheduler tells where the servers are; give one of them"
+        )
+    dropped = "scheduler" if first > second else "servers"
+    del values[dropped], sources[dropped]
+
+
 def _assume_one_host(values: dict[str, object], environ: Mapping[str, str]) -> None:
-    if "MASTER_ADDR" in environ or str(values.get("servers", "")).startswith("tcp://"):
+    addresses = [str(values.get(name, "")) for name in ("servers", "scheduler")]
+    if "MASTER_ADDR" in environ or any(address.startswith("tcp://") for address in addresses):
         return
     values["local_rank"] = values.get("rank", 0)
     values["local_world_size"] = values.get("world_size", 1)
 
 
-def _read(environ: Mapping[str, str], name: str) -> tuple[str, str] | None:
+def _read(environ: Mapping[str, str], name: str, pairs: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
     """(value, variable) of a field, or None. An empty variable counts as absent."""
     found = [(environ[v], v) for v in VARIABLES[name] if environ.get(v)]
-    if name in _PAIRS and not found:
-        host, port = _PAIRS[name]
+    if name in pairs and not found:
+        host, port = pairs[name]
         if environ.get(host) and environ.get(port):
             found = [(f"tcp://{environ[host]}:{environ[port]}", f"{host}, {port}")]
         elif environ.get(host) or environ.get(port):
             missing = port if environ.get(host) else host
             raise UsageError(f"{missing} is not set, but its companion is: set both {host} and {port}, or neither")
-    # A job id may rightly differ: ours is inside torchrun's.
-    if len({value for value, _ in found}) > 1 and name != "job_id":
+    # Job id and restarts may rightly differ: ours are inside torchrun's.
+    if len({value for value, _ in found}) > 1 and name not in ("job_id", "restart"):
         both = " and ".join(f"{variable}={value}" for value, variable in found)
         raise UsageError(f"{both} contradict each other: both set {name}; unset one")
     return found[0] if found else None
@@ -183,13 +232,12 @@ def for_child(place: Place, *, threads: int, loopback: str | None) -> dict[str, 
         loopback: name of the loopback interface for gloo, unless GLOO_SOCKET_IFNAME is already set.
     """
     stale = {name for names in VARIABLES.values() for name in names}
-    stale |= {name for pair in _PAIRS.values() for name in pair}
+    stale |= {*_MASTER, *_ROOT}
     child = {k: v for k, v in os.environ.items() if k not in stale and not k.startswith("TORCHELASTIC_")}
     for name, variables in VARIABLES.items():
         value = getattr(place, name)
         if value not in (None, ""):
             child[variables[0]] = str(value)
-    child.pop("TORCHELASTIC_RESTART_COUNT", None)
     child.setdefault("OMP_NUM_THREADS", str(threads))
     if loopback:
         child.setdefault("GLOO_SOCKET_IFNAME", loopback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Mapping
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtrain.buckets import Bucket, Direct, Message, Named, Plan, plan
+from dtrain.comm import collectives
 from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
 from dtrain.errors import UsageError
 
@@ -38,7 +40,7 @@ class Exchange:
         self._named = named
         number = _numbers[comm.traffic] = _numbers.get(comm.traffic, -1) + 1
         self._key = f"gradient/{number}." if number else "gradient/"
-        self._sizes = sizes
+        self._sizes = {**sizes, "direct_bytes": 0} if comm.packs else sizes
         self._primary = primary
         self._messages: list[Message] = []
         self._where: dict[int, tuple[Message, int]] = {}
@@ -48,6 +50,9 @@ class Exchange:
         self._works: list[tuple[Message, list[int], Work]] = []
         self._gathered: set[int] = set()  # on worker 0 of a primary: parameters whose .grad is the global one
         self.running = False
+        self.looks_for_nonfinite = False
+        """Whether to look, before they are sent, for gradients that are NaN or infinite."""
+        self._nonfinite: list[str] = []
 
     def lay_out(self) -> list[int]:
         """Plan the messages anew; positions of the parameters that take part."""
@@ -60,15 +65,16 @@ class Exchange:
         self._flag_of = {index: position for position, index in enumerate(self._where)}
         return list(self._where)
 
-    def begin(self, share: float) -> None:
+    def begin(self, share: float | None) -> None:
         """A backward begins.
 
         Args:
             share: this worker's part of the step's samples; travels with the flags, see `total_share`.
         """
-        self._share = share
+        self._share = share or 0.0
         self.running = True
         self._works = []
+        self._nonfinite = []
         for message in self._messages:
             message.reset()
 
@@ -97,6 +103,12 @@ class Exchange:
     def total_share(self) -> float:
         """The shares of all workers together, of the last backward."""
         return float(self._flags[-1])
+
+    def nonfinite(self) -> list[str]:
+        """Of the last backward, by worker: `worker 2: layer.weight`, the first of each. All workers call it."""
+        mine = self._nonfinite[0].encode() if self._nonfinite else b""
+        found = collectives.gather_bytes(self._comm, mine, "metric/nonfinite")
+        return [f"worker {rank}: {name.decode()}" for rank, name in enumerate(found) if name]
 
     def abandon(self) -> None:
         """A backward has failed. What it has sent is still under way: its memory is left to it."""
@@ -133,6 +145,8 @@ class Exchange:
         message = self._messages[number]
         self._spread(self._gathered.intersection(message.missing_members))
         absent = [message.members[slot] for slot in message.seal(scale)]
+        if self.looks_for_nonfinite and not math.isfinite(float(message.flat.detach().float().sum())):
+            self._nonfinite += [name for name, p in message.named if p.grad is not None and not p.grad.isfinite().all()]
         if number == len(self._messages) - 1:
             self._raise_flags([*(i for _, missing, _ in self._works for i in missing), *absent])
         start = self._primary.gather_sum if self._primary else self._comm.all_reduce

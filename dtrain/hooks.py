@@ -5,6 +5,8 @@
         on_step(state)     after each optimizer step
         on_epoch(state)    after each epoch
         on_end(state)      after the last step
+    on_stop(state)     when the run was asked to stop: saves what is to be saved
+    on_rewind(state)   after the run has gone back to an earlier step, because a process was lost
 
 Hooks run on every worker, at the same steps, in the order in which they were given: one that communicates may.
 """
@@ -52,6 +54,8 @@ class State:
     """What is to be logged after this step, on worker 0: loss, rate, times, bytes. None between records."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The latest evaluation."""
+    rewinds: int = 0
+    """How often the run has gone back to an earlier step, because a process was lost."""
 
     @property
     def first(self) -> bool:
@@ -69,6 +73,10 @@ class Hook:
     def on_epoch(self, state: State) -> None: ...
 
     def on_end(self, state: State) -> None: ...
+
+    def on_stop(self, state: State) -> None: ...
+
+    def on_rewind(self, state: State) -> None: ...
 
 
 class Progress(Hook):
@@ -100,7 +108,12 @@ class Progress(Hook):
                 **{k: f"{v:.4f}" for k, v in state.metrics.items() if k != "loss"},
             }
             self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._bar.update(state.step - self._bar.n)
+
+    def on_rewind(self, state: State) -> None:
+        if self._bar is not None:
+            self._bar.n = state.step
+            self._bar.refresh()
 
     def on_end(self, state: State) -> None:
         if self._bar is not None:
@@ -139,6 +152,9 @@ class Evaluate(Hook):
     def on_end(self, state: State) -> None:
         self.on_epoch(state)
 
+    def on_rewind(self, state: State) -> None:
+        self._scored_step = -1
+
 
 class JsonLog(Hook):
     """One JSON object a line, on worker 0: records of steps, and the metrics after each epoch and at the end.
@@ -173,6 +189,12 @@ class JsonLog(Hook):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def on_rewind(self, state: State) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._metrics_step = -1
+        self.on_start(state)
 
     def _write(self, record: dict[str, object]) -> None:
         if self._file is not None:
@@ -271,6 +293,12 @@ class Checkpoint(Hook):
 
     def on_end(self, state: State) -> None:
         self._save(state)
+
+    def on_stop(self, state: State) -> None:
+        self._save(state)
+
+    def on_rewind(self, state: State) -> None:
+        self._saved_step = state.step
 
     def _save(self, state: State) -> None:
         if state.step == self._saved_step:

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -23,7 +23,8 @@ from dtrain.comm.solo import Solo
 from dtrain.comm.threads import run_threads
 from dtrain.connect import connect
 from dtrain.errors import CommError, DtrainError, UsageError
-from dtrain.processes import cores, remove
+from dtrain.processes import cores, remove, server_addresses
+from dtrain.ps.members import Terms
 from dtrain.ps.server import Server
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ def run(
     workers: int = 2,
     backend: str = "threads",
     devices: Sequence[torch.device | str] | None = None,
+    servers: int = 1,
+    lanes: str = "auto",
     timeout_s: float = 60.0,
 ) -> list[T]:
     """Run `fn(comm, *args)` as each of `workers` workers on this host; what they returned, in worker order.
@@ -51,14 +54,18 @@ def run(
     Args:
         backend: `solo`, `threads`, `ps` or `allreduce`.
         devices: for `threads`, the device of each worker, as `comm.device`.
+        servers: for `ps`, how many servers share the work.
+        lanes: for `ps`, `auto`: shared memory; `off`: sockets only.
         timeout_s: longest wait of a worker for another, in seconds.
 
     Raises:
         DtrainError: what the first worker to fail raised, where it is one of dtrain's errors.
         RuntimeError: another error in a worker, with its traceback.
     """
-    if workers < 1:
-        raise UsageError(f"workers is {workers}: a job has at least one")
+    if workers < 1 or servers < 1:
+        raise UsageError(f"workers is {workers}, servers {servers}: a job has at least one")
+    if servers != 1 and backend != "ps":
+        raise UsageError(f"servers is {servers}, and backend {backend} has none: they go with ps")
     if not 0 < timeout_s < threading.TIMEOUT_MAX:
         raise UsageError(f"timeout_s is {timeout_s}: give seconds, more than 0")
     if backend == "threads":
@@ -71,7 +78,8 @@ def run(
             raise UsageError(f"backend solo is a world of one, and workers is {workers}")
         return [fn(Solo(), *args)]
     with tempfile.TemporaryDirectory(prefix="dtrain-") as folder:
-        return _run_processes(fn, args, workers, backend, folder, timeout_s)
+        task = _Task(backend, 0, workers, folder, timeout_s, max(1, cores() // workers), servers, lanes)
+        return _run_processes(fn, args, task)
 
 
 @dataclass(frozen=True)
@@ -84,40 +92,46 @@ class _Task:
     folder: str
     timeout_s: float
     threads: int
+    servers: int
+    lanes: str
+
+    @property
+    def addresses(self) -> list[str]:
+        return server_addresses(self.folder, self.servers) if self.backend == "ps" else []
 
     def join(self) -> Backend:
-        server = f"ipc://{self.folder}/server" if self.backend == "ps" else None
         env.set_default("GLOO_SOCKET_IFNAME", env.LOOPBACK)
         return connect(
             self.backend,
             rank=self.rank,
             world_size=self.workers,
             store=f"file://{self.folder}/store",
-            server=server,
+            server=",".join(self.addresses) or None,
+            lanes=self.lanes,
             timeout_s=self.timeout_s,
         )
 
 
-def _run_processes(
-    fn: Callable[..., T], args: tuple[object, ...], workers: int, backend: str, folder: str, timeout_s: float
-) -> list[T]:
+def _run_processes(fn: Callable[..., T], args: tuple[object, ...], task: _Task) -> list[T]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    threads = max(1, cores() // workers)
+    workers = task.workers
     ends: list[Connection] = []
     processes: list[Any] = []
     try:
-        if backend == "ps":
-            processes.append(context.Process(target=_serve, args=(folder, workers, timeout_s), daemon=True))
+        servers = [
+            context.Process(target=_serve, args=(task, number), daemon=True) for number in range(len(task.addresses))
+        ]
+        processes += servers
         for rank in range(workers):
             ours, theirs = context.Pipe()
-            task = _Task(backend, rank, workers, folder, timeout_s, threads)
-            processes.append(context.Process(target=_work, args=(fn, args, task, theirs), daemon=False))
+            one = replace(task, rank=rank)
+            processes.append(context.Process(target=_work, args=(fn, args, one, theirs), daemon=False))
             ends.append(ours)
             processes[-1].start()
             theirs.close()
-        if backend == "ps":
-            processes[0].start()
+        for server in servers:
+            server.start()
         return _collect(ends, processes[-workers:])
     finally:
         for process in processes:
@@ -191,10 +205,11 @@ def _work(fn: Callable[..., Any], args: tuple[object, ...], task: _Task, end: Co
         comm.close()
 
 
-def _serve(folder: str, workers: int, timeout_s: float) -> None:
-    """The server's process."""
-    _end_with_parent(folder)
-    server = Server(f"ipc://{folder}/server", workers, timeout_s=timeout_s)
+def _serve(task: _Task, number: int) -> None:
+    """A server's process."""
+    _end_with_parent(task.folder)
+    terms = Terms(world_size=task.workers, server=number, num_servers=task.servers, timeout_s=task.timeout_s)
+    server = Server(task.addresses[number], terms)
     try:
         server.run()
     except DtrainError:

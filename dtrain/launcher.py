@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from dtrain import env
-from dtrain.errors import CommError
-from dtrain.processes import Child, cores, left_word, remove, server_command
+from dtrain.errors import CommError, DataError, Preempted, UsageError
+from dtrain.processes import Child, cores, forget_word, left_word, remove, server_addresses, server_command
+from dtrain.ps import lanes
+
+_FOR_GOOD = (UsageError.exit_code, DataError.exit_code, Preempted.exit_code)
+"""Exit codes of processes that would only end with them again."""
 
 _GRACE_S = 5.0
 """How long the others may take to notice a fault by themselves and say what they saw, before they are ended."""
 
+_STOPPED_S = 5.0
+"""How long a process may be stopped (SIGSTOP) where the job goes on without it: longer than servers take to notice."""
 
-def launch(
-    command: Sequence[str], *, workers: int, backend: str, timeout_s: float = 60.0, threads: int | None = None
-) -> int:
-    """Run a command as each of `workers` workers, with the environment that `dtrain.connect()` reads.
 
-    Worker 0 prints where this process does; the others' lines begin with their name. At the first failure the rest has
-    a few seconds to end by itself, then it is ended; what failed first is named on stderr.
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `launch` starts, and what it does when something ends too early."""
+
+    workers: int
+    backend: str
+    """`ps` starts servers beside the workers."""
+    servers: int = 1
+    timeout_s: float = 60.0
+    """Longest wait of a worker for another."""
+    threads: int | None = None
+    """Processor threads for each worker; by default the cores are shared out."""
+    on_worker_loss: str = "fail"
+    """`fail`: the rest is ended. `wait`: whatever dies, a server too, is started again. `drop`: the others go on."""
+    max_restarts: int = 3
+    """With `wait`: how many processes may be started again, in all."""
+    preemptible: bool = False
+    """Whether workers save their state at SIGTERM and end with 75: the first signal then asks them to."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.servers < 1:
+            raise UsageError(f"workers is {self.workers}, servers {self.servers}: a job has at least one")
+        if self.servers != 1 and self.backend != "ps":
+            raise UsageError(f"servers is {self.servers}, and backend {self.backend} has none: they go with ps")
+        if self.on_worker_loss not in ("fail", "wait", "drop"):
+            raise UsageError(f"on_worker_loss is {self.on_worker_loss!r}: it is fail, wait or drop")
+        if self.on_worker_loss != "fail" and self.backend != "ps":
+            raise UsageError(f"on_worker_loss is {self.on_worker_loss!r} with backend {self.backend}: it needs ps")
+        if self.max_restarts < 0:
+            raise UsageError(f"max_restarts is {self.max_restarts}: 0 or more")
+
+
+def launch(command: Sequence[str], plan: Plan) -> int:
+    """Run a command as each of the plan's workers, with the environment that `dtrain.connect()` reads.
+
+    Worker 0 prints where this process does; the others' lines begin with their name. At the first failure that the plan
+    does not mend, the rest has a few seconds to end by itself, then it is ended; what failed first is named on stderr.
 
     Args:
         command: program and arguments; `sys.executable` and a script, say.
-        backend: `ps` starts a server beside the workers.
-        timeout_s: longest wait of a worker for another.
-        threads: processor threads for each worker; by default the cores are shared out.
 
     Returns:
-        Exit code: 0, or that of the first failure (69 where a process was killed; 130 after Ctrl-C, 143 after SIGTERM).
+        Exit code: 0, or that of the first failure (69 where a process was killed; 75 where the state was saved at a
+        signal; else 130 after Ctrl-C, 143 after SIGTERM).
     """
+    lanes.sweep()  # of jobs that were killed before they could
     folder = tempfile.mkdtemp(prefix="dtrain-")
-    job = _Job(folder, workers, backend, timeout_s, threads or max(1, cores() // workers))
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    job = _Job(folder, command, plan)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     handlers = {n: signal.signal(n, lambda number, _: job.interrupt(number)) for n in numbers}
     try:
-        job.start(command)
+        job.start()
         return job.follow()
     except _Signalled as caught:
-        print(f"dtrain: {signal.Signals(caught.number).name}: stopping {workers} workers", file=sys.stderr)
+        print(f"dtrain: {signal.Signals(caught.number).name}: stopping {plan.workers} workers", file=sys.stderr)
         return 128 + caught.number
     finally:
         job.stop()
+        lanes.sweep(job.pids)
         remove(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -60,57 +100,142 @@ class _Signalled(BaseException):
 class _Job:
     """The processes of one launch."""
 
-    def __init__(self, folder: str, workers: int, backend: str, timeout_s: float, threads: int) -> None:
+    def __init__(self, folder: str, command: Sequence[str], plan: Plan) -> None:
         self._folder = folder
-        self._workers = workers
-        self._backend = backend
-        self._timeout_s = timeout_s
-        self._threads = threads
+        self._command = command
+        self._plan = plan
+        self._id = secrets.token_hex(16)
+        self._addresses = server_addresses(folder, plan.servers) if plan.backend == "ps" else []
         self._children: list[Child] = []
+        self._starts: dict[str, Callable[[int], Child]] = {}
+        self._restarts: Counter[str] = Counter()
+        self._used = 0  # of the restarts that are allowed
+        self._lost: list[Child] = []  # that the others go on without
+        self._stopped_s: dict[int, float] = {}  # by pid, since when
+        self._looked_s = 0.0
         self._signal = 0
+        self._asked_to_save = False
+        self.pids: list[int] = []
+        """Of all processes that were started."""
 
     def interrupt(self, number: int) -> None:
         """Make `start` or `follow` end soon: a signal's handler that raised could lose a child just being started."""
+        if self._plan.preemptible and not self._asked_to_save and self._children:
+            self._asked_to_save = True
+            for child in self._workers:
+                if not child.ended():
+                    child.signal(signal.SIGTERM)
+            return
         self._signal = self._signal or number
 
     def _look(self) -> None:
         if self._signal:
             raise _Signalled(self._signal)
 
-    def start(self, command: Sequence[str]) -> None:
-        job_id = secrets.token_hex(8)
-        address = f"ipc://{self._folder}/server" if self._backend == "ps" else None
-        if address:
-            place = env.Place(role="server", job_id=job_id, job_dir=self._folder)
-            argv = server_command(address, self._workers, timeout_s=self._timeout_s)
-            self._children.append(Child("server", argv, place))
-        for rank in range(self._workers):
+    @property
+    def _workers(self) -> list[Child]:
+        return [c for c in self._children if c.name.startswith("worker")]
+
+    def start(self) -> None:
+        """Start everything."""
+        for number in range(len(self._addresses)):
+            name = "server" if self._plan.servers == 1 else f"server {number}"
+            self._starts[name] = functools.partial(self._start_server, name, number)
+        for rank in range(self._plan.workers):
+            self._starts[f"worker {rank}"] = functools.partial(self._start_worker, f"worker {rank}", rank)
+        for begin in self._starts.values():
             self._look()
-            place = env.Place(
-                backend=self._backend,
-                rank=rank,
-                world_size=self._workers,
-                local_rank=rank,
-                local_world_size=self._workers,
-                store=f"file://{self._folder}/store",
-                servers=address,
-                job_id=job_id,
-                job_dir=self._folder,
-                timeout_s=self._timeout_s,
-            )
-            child = Child(f"worker {rank}", command, place, threads=self._threads, prefix_output=rank > 0)
-            self._children.append(child)
+            self._children.append(begin(0))
+            self.pids.append(self._children[-1].process.pid)
+
+    def _start_server(self, name: str, number: int, restart: int) -> Child:
+        place = env.Place(role="server", job_id=self._id, job_dir=self._folder, restart=restart)
+        argv = server_command(
+            self._addresses[number],
+            self._plan.workers,
+            timeout_s=self._plan.timeout_s,
+            server=number,
+            num_servers=self._plan.servers,
+            on_worker_loss=self._plan.on_worker_loss,
+        )
+        return Child(name, argv, place)
+
+    def _start_worker(self, name: str, rank: int, restart: int) -> Child:
+        plan = self._plan
+        place = env.Place(
+            backend=plan.backend,
+            rank=rank,
+            world_size=plan.workers,
+            local_rank=rank,
+            local_world_size=plan.workers,
+            store=f"file://{self._folder}/store",
+            servers=",".join(self._addresses) or None,
+            job_id=self._id,
+            job_dir=self._folder,
+            restart=restart,
+            timeout_s=plan.timeout_s,
+        )
+        threads = plan.threads or max(1, cores() // plan.workers)
+        return Child(name, self._command, place, threads=threads, prefix_output=rank > 0)
 
     def follow(self) -> int:
         """Wait for all; the exit code of the job."""
         while True:
-            bad = [c for c in self._children if c.ended() and c.process.returncode != 0]
-            if bad:
+            bad = [c for c in self._children if c.ended() and c.process.returncode != 0 and c not in self._lost]
+            if bad and not all(self._mend(child) for child in bad):
                 return self._explain(bad)
             if all(c.ended() for c in self._children):
                 return 0
+            if self._plan.on_worker_loss != "fail":
+                self._end_stopped(time.monotonic())
             self._look()
             time.sleep(0.05)
+
+    def _end_stopped(self, now: float) -> None:
+        """Kill what has been stopped for long: the servers have given it up, and only its end lets it be replaced."""
+        if now - self._looked_s < 0.5:
+            return
+        self._looked_s = now
+        stopped = {c.process.pid: c for c in self._children if c.stopped()}
+        self._stopped_s = {pid: self._stopped_s.get(pid, now) for pid in stopped}
+        for pid, child in stopped.items():
+            if now - self._stopped_s[pid] >= _STOPPED_S:
+                self._say(f"{child} has been stopped (SIGSTOP) for {_STOPPED_S:g} s; killing it")
+                child.signal(signal.SIGKILL)
+
+    def _mend(self, child: Child) -> bool:
+        """Whether the job goes on although this process has ended badly."""
+        plan = self._plan
+        done = [c for c in self._workers if c.ended() and c.process.returncode == 0]
+        if plan.on_worker_loss != "fail" and done:
+            self._say(f"{child} {self._how(child)}, after {done[0].name} had finished: nothing is lost")
+            self._lost.append(child)
+            return True
+        if plan.on_worker_loss == "drop" and child in self._workers and len(self._lost) + 1 < plan.workers:
+            self._say(f"{child} {self._how(child)}; the others go on without it")
+            self._lost.append(child)
+            return True
+        if plan.on_worker_loss != "wait" or self._asked_to_save or self._code(child) in _FOR_GOOD:
+            return False
+        word = left_word(self._folder, child.name)
+        follows = self._used > 0 and word is not None and word[1].startswith("Rewound")  # from another's loss
+        if not follows and self._used >= plan.max_restarts:
+            self._say(f"no more than {plan.max_restarts} restarts (--max-restarts)")
+            return False
+        self._restarts[child.name] += 1
+        self._used += not follows
+        count = "too" if follows else f"({self._used} of {plan.max_restarts})"
+        self._say(f"{child} {self._how(child)}; starting it again {count}")
+        child.stop(grace_s=0.0)
+        lanes.sweep([child.process.pid])
+        forget_word(self._folder, child.name)
+        again = self._starts[child.name](self._restarts[child.name])
+        self._children[self._children.index(child)] = again
+        self.pids.append(again.process.pid)
+        return True
+
+    def _say(self, text: str) -> None:
+        print(f"dtrain: {text}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """End whatever still runs."""
@@ -128,6 +253,12 @@ class _Job:
         while time.monotonic() < deadline and not all(c.ended() or c.stopped() for c in self._children):
             self._look()
             time.sleep(0.05)
+        saved = [c for c in bad if self._code(c) == Preempted.exit_code]
+        if self._asked_to_save and saved:
+            self._say("state saved; start again with --resume to go on")
+            return Preempted.exit_code
+        if self._asked_to_save and all(c.process.returncode == -signal.SIGTERM for c in bad):
+            raise _Signalled(signal.SIGTERM)  # it had not begun, and there is nothing to save
         # Whoever ends with 69 complains about somebody else: look for the one who does not, or who is stopped.
         everyone = [c for c in self._children if c.ended() and c.process.returncode != 0]
         own = [c for c in bad + everyone if self._code(c) != CommError.exit_code]

@@ -120,11 +120,26 @@ class Child:
         self._lifeline = -1
 
 
-def server_command(address: str, world_size: int, *, timeout_s: float) -> list[str]:
-    """Command line of a parameter server's process."""
+def server_addresses(folder: str, num_servers: int) -> list[str]:
+    """Where the servers of a job on this host listen."""
+    names = ["server"] if num_servers == 1 else [f"server{n}" for n in range(num_servers)]
+    return [f"ipc://{folder}/{name}" for name in names]
+
+
+def server_command(
+    address: str,
+    world_size: int,
+    *,
+    timeout_s: float,
+    server: int = 0,
+    num_servers: int = 1,
+    on_worker_loss: str = "fail",
+) -> list[str]:
+    """Command line of a parameter server's process: number `server` of `num_servers`."""
     return [
         *(sys.executable, "-m", "dtrain", "server", "--bind", address),
         *("--workers", str(world_size), "--timeout-s", str(timeout_s)),
+        *("--server", str(server), "--servers", str(num_servers), "--on-worker-loss", on_worker_loss),
     ]
 
 
@@ -192,6 +207,12 @@ def left_word(job_dir: str, who: str) -> tuple[int, str] | None:
         code, text = _word_file(job_dir, who).read_text(encoding="utf-8").split("\n", 1)
         return int(code), text
     return None
+
+
+def forget_word(job_dir: str, who: str) -> None:
+    """Remove it: a process of this name is started again."""
+    with contextlib.suppress(OSError):
+        _word_file(job_dir, who).unlink()
 
 
 def _word_file(job_dir: str, who: str) -> Path:

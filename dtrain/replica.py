@@ -21,8 +21,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from dtrain.buckets import describe
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, PrimaryHost
+from dtrain.comm.hosts import ServerUpdate, StepReport
 from dtrain.errors import LayoutError, UsageError
 from dtrain.exchange import Exchange
+from dtrain.pushes import Pushes
 from dtrain.weights import StepWeights
 
 _SHARE_TOLERANCE = 0.05  # the sum may be in half precision
@@ -37,7 +39,7 @@ def replicate(
     bucket_mb: float = 8.0,
     first_bucket_mb: float = 1.0,
     direct_mb: float = 4.0,
-    update: str = "all",
+    update: str | ServerUpdate = "worker",
 ) -> Replica:
     """Tie a model to a backend: parameters and buffers become worker 0's, gradients become global means.
 
@@ -47,15 +49,19 @@ def replicate(
         bucket_mb: size at which a bucket travels, in MiB.
         first_bucket_mb: the same for the first one.
         direct_mb: a gradient of this size, in MiB, is sent from where autograd has put it, without a copy; 0: never.
-        update: `all`: every worker has the mean gradient and steps its own optimizer. `first`: gradients are gathered
-            on worker 0, which alone steps; the others get its parameters by `Replica.publish` (DataParallel's way).
+        update: who steps the optimizer. `worker`: every worker has the mean gradient and steps its own. `first`:
+            gradients are gathered on worker 0, which alone steps; the others get its parameters (DataParallel's way).
+            A `ServerUpdate`: the servers, which keep parameters and the optimizer's state; the parameters come back,
+            and gradients do not: `.grad` is None after backward, and clipping is the update's (`clip_grad_norm`).
+            With the last two, call `Replica.publish` after each step, and step only where `Replica.updates`.
 
     Returns:
         A handle with `backward`, `no_sync`, `check` and `close`.
 
     Raises:
         LayoutError: on every worker, if the models differ; names the first tensor that does.
-        UsageError: complex parameters; `update="first"` on a backend without a primary.
+        UsageError: complex parameters; `update="first"` on a backend without a primary, a `ServerUpdate` on one without
+            servers, or with an optimizer that servers cannot step.
     """
     sizes_mb = (bucket_mb, first_bucket_mb, direct_mb)
     if bucket_mb <= 0 or first_bucket_mb <= 0 or direct_mb < 0:
@@ -66,20 +72,32 @@ def replicate(
 class Replica:
     """See `replicate`."""
 
-    def __init__(self, model: nn.Module, comm: Backend, *, sizes_bytes: tuple[int, ...], update: str) -> None:
-        if update not in ("all", "first"):
-            raise UsageError(f"update is {update!r}: `all` or `first`")
+    def __init__(
+        self, model: nn.Module, comm: Backend, *, sizes_bytes: tuple[int, ...], update: str | ServerUpdate
+    ) -> None:
+        if not isinstance(update, ServerUpdate) and update not in ("worker", "first"):
+            raise UsageError(f"update is {update!r}: `worker`, `first`, or a dtrain.ServerUpdate")
         if update == "first" and not isinstance(comm, PrimaryHost):
             raise UsageError(f"update='first' needs a backend with a primary, such as threads; {comm.name} has none")
         _untie(model, comm)
         self.comm = comm
-        self.updates = update == "all" or comm.rank == 0
+        self.updates = update == "worker" or (update == "first" and comm.rank == 0)
+        """Whether the optimizer is to be stepped here."""
         self._model = model
         self._named = [(_plain(name), p) for name, p in model.named_parameters()]
         self._ids = {id(p) for _, p in self._named}
+        self._update_is_joint = not isinstance(update, ServerUpdate) or (
+            update.synchronous and not update.backup_workers
+        )
         primary = comm if update == "first" and isinstance(comm, PrimaryHost) else None
         sizes = dict(zip(("bucket_bytes", "first_bytes", "direct_bytes"), sizes_bytes, strict=True))
-        self._exchange = Exchange(comm, self._named, sizes=sizes, primary=primary)
+        self.pushes: Pushes | None = None
+        """With a `ServerUpdate`: what is pushed and pulled, and the figures of it."""
+        self._exchange: Exchange | Pushes
+        if isinstance(update, ServerUpdate):
+            self._exchange = self.pushes = Pushes(comm, self._named, sizes=sizes, update=update)
+        else:
+            self._exchange = Exchange(comm, self._named, sizes=sizes, primary=primary)
         self._carries_over = primary is not None and comm.rank == 0
         self._weights = StepWeights(comm, [p for _, p in self._named])
         self._hooks: list[Any] = [model.register_forward_pre_hook(_BeforeForward(self))]
@@ -130,8 +148,14 @@ class Replica:
         """
         if self._closed:
             raise UsageError("this replica was closed, or its model was tied again: use what replicate() returned last")
+        if samples is not None and total is None and not self._update_is_joint:
+            raise UsageError(
+                "backward(samples=) without total=: a step that is not made of all workers' gradients needs it"
+            )
         sync = sync and self._sync
         self._drop_stale()
+        if self.pushes is not None:
+            self.pushes.check()
         factor, scale = self._weights.of(samples, total, sync=sync)
         was, self._sync = self._sync, sync
         self._explicit, self._scale, self._alive = True, scale, None
@@ -161,9 +185,23 @@ class Replica:
         finally:
             self._sync = was
 
-    def publish(self) -> None:
-        """With `update="first"`: everyone's parameters become worker 0's, after its step. Else nothing."""
-        self._exchange.publish()
+    def publish(self) -> StepReport | None:
+        """With `update="first"`: everyone's parameters become worker 0's, after its step. With a `ServerUpdate`: they
+        become the servers', after theirs; what became of this worker's step is returned. Else nothing."""
+        return self._exchange.publish()
+
+    def nonfinite(self) -> list[str]:
+        """Where gradients were NaN or infinite in the last backward, in words, by worker; the same on all workers.
+
+        Needs `look_for_nonfinite`. All workers call it.
+        """
+        return [] if isinstance(self._exchange, Pushes) else self._exchange.nonfinite()
+
+    def look_for_nonfinite(self) -> None:
+        """From now on look at each worker's gradient before it is sent, to name the one where trouble began."""
+        if isinstance(self._exchange, Pushes):
+            raise UsageError("look_for_nonfinite() is for gradients that come back, not for a ServerUpdate")
+        self._exchange.looks_for_nonfinite = True
 
     def check(self, *, buffers: bool = False) -> None:
         """Compare parameters over workers, by checksum.
@@ -182,6 +220,24 @@ class Replica:
         if found:
             name, ranks = found
             raise LayoutError(f"{name} is not the same on all workers: {_listed(ranks)} from worker 0")
+
+    def rejoin(self) -> None:
+        """Tie the model again after the backend has come to a new epoch: what was under way is forgotten.
+
+        All workers do what a new one does in `replicate`; parameters become worker 0's.
+        """
+        self._weights.reset()
+        self._unreduced = self._shares_checked = False
+        self._sync = True
+        if self.pushes is not None:
+            self.pushes.forget()
+        else:
+            self._exchange.abandon()
+        for _, parameter in self._named:
+            parameter.grad = None
+        self._agree_all()
+        if self._named:
+            self._refresh()
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -203,6 +259,8 @@ class Replica:
 
     def _ready(self, index: int, _: Tensor) -> None:
         """A parameter has its gradient."""
+        if self.pushes is not None:
+            self.pushes.refuse_pending()
         if not self._sync:
             if not self._explicit:
                 self._weights.go_on((False, False), sync=False)
@@ -224,7 +282,7 @@ class Replica:
             torch.autograd.Variable._execution_engine.queue_callback(finish)
             self._alive = weakref.ref(finish)
         self._unreduced = True
-        self._exchange.begin(self._weights.share or 0.0)
+        self._exchange.begin(self._weights.share)
 
     def _finish(self) -> None:
         """Backward has ended here."""
@@ -241,7 +299,7 @@ class Replica:
     def _check_shares(self) -> None:
         """Once: do the workers' samples add up to what they said the total was?"""
         self._shares_checked = True
-        found = self._exchange.total_share() if self.updates else 1.0
+        found = self._exchange.total_share() if self.updates or self.pushes is not None else 1.0
         if abs(found - 1.0) > _SHARE_TOLERANCE:
             raise UsageError(
                 f"the samples of all workers add up to {found:.2f} times total: give each worker its own share, as a "
@@ -292,7 +350,12 @@ class Replica:
 
     def refuse_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise if this optimizer is about to use gradients that are only this worker's."""
-        mine = [p for g in optimizer.param_groups for p in g["params"] if id(p) in self._ids and p.grad is not None]
+        mine = [p for g in optimizer.param_groups for p in g["params"] if id(p) in self._ids]
+        if mine and self.pushes is not None:
+            raise UsageError(
+                "optimizer.step() where the servers step: call publish(), and step only if replica.updates"
+            )
+        mine = [p for p in mine if p.grad is not None]
         if not mine:
             return
         if self._unreduced:
@@ -360,7 +423,11 @@ def _watch_optimizers() -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
     for replica in list(_replicas):
-        if replica._unreduced or replica._trainable != tuple(p.requires_grad for _, p in replica._named):
+        if (
+            replica.pushes
+            or replica._unreduced
+            or replica._trainable != tuple(p.requires_grad for _, p in replica._named)
+        ):
             replica.refuse_step(optimizer)
 
 

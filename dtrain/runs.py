@@ -11,7 +11,9 @@ import dataclasses
 import json
 import math
 import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +100,22 @@ class RunSpec(Task):
     """Where the run's files go. Default: runs/RECIPE-BACKEND-TIME."""
     checkpoint_every: str = "epoch"
     """epoch, never, or a number of steps."""
+    update: Literal["worker", "server"] = "worker"
+    """Who steps the optimizer: every worker its own, or the servers of ps, which keep one copy of its state."""
+    staleness: str = "0"
+    """With --update server: steps that the fastest worker may be ahead of the slowest. 0: synchronous, none: no
+    bound."""
+    backup_workers: int = 0
+    """With --update server: make each step of the gradients that come first, without the last so many."""
+    damping: bool = False
+    """With staleness: divide the learning rate by the staleness of each gradient."""
+    delay_compensation: float = 0.0
+    """With staleness: lambda of DC-ASGD, which corrects a gradient for what others changed meanwhile."""
+    nonfinite: Literal["allow", "skip", "abort"] = "allow"
+    """What to do when a worker's gradient is NaN or infinite: nothing, leave the step out, or end the run."""
+    on_worker_loss: Literal["fail", "wait", "drop"] = "fail"
+    """When a process dies. fail: the job ends. wait (ps): it is started again, and all go back to the last checkpoint
+    and on to the same bits. drop (ps, --update server): the job goes on without it."""
     resume: bool = False
     """Go on from the newest checkpoint in --run-dir."""
     tensorboard: bool = False
@@ -120,7 +138,26 @@ class RunSpec(Task):
         options = {name: value for name, _, value in pairs}
         return recipes.build(self.recipe, seed=self.seed, dtype=DTYPES[self.dtype], data=self.data, **options)
 
-    def train_config(self, recipe: Recipe) -> TrainConfig:
+    def check_loss(self, backend: str) -> None:
+        """Refuse what does not go together when a process is lost.
+
+        Raises:
+            UsageError: a policy that this backend or this update has not.
+        """
+        if self.on_worker_loss != "fail" and backend != "ps":
+            raise UsageError(f"on_worker_loss is {self.on_worker_loss!r} with backend {backend}: it needs backend ps")
+        if self.on_worker_loss == "drop" and self.update != "server":
+            raise UsageError(
+                "on_worker_loss is 'drop': only servers that step know whose gradients count; --update server"
+            )
+        if self.on_worker_loss == "wait" and self.checkpoint_every == "never":
+            raise UsageError(
+                "on_worker_loss is 'wait', and checkpoint_every 'never': there would be nothing to go back to"
+            )
+        if self.update == "server" and backend != "ps":
+            raise UsageError(f"update is 'server' with backend {backend}, which has no server: give --backend ps")
+
+    def train_config(self, recipe: Recipe, *, update: str | None = None) -> TrainConfig:
         """The trainer's part of it, with the recipe's defaults filled in."""
         neither = self.epochs is None and self.steps is None
         return TrainConfig(
@@ -129,6 +166,13 @@ class RunSpec(Task):
             clip_grad_norm=self.clip_grad_norm,
             amp=self.amp,
             norm_batch=self.norm_batch,
+            update=update or self.update,  # type: ignore[arg-type]
+            staleness=_staleness(self.staleness),
+            backup_workers=self.backup_workers,
+            damping=self.damping,
+            delay_compensation=self.delay_compensation,
+            nonfinite=self.nonfinite,
+            rewind_to=Path(self.run_dir) / "checkpoints" if self.on_worker_loss == "wait" and self.run_dir else None,
             seed=self.seed,
             bucket_mb=self.bucket_mb,
             log_every=self.log_every,
@@ -147,23 +191,34 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     folder = None if spec.run_dir is None else Path(spec.run_dir)
     recipe = spec.build()
     trainer = _trainer(comm, spec, recipe, device, folder)
-    resumed_step = _resume(trainer, spec, recipe, folder) if spec.resume and folder else 0
+    comes_back = getattr(comm, "epoch", 0) > 0  # to a run that has begun: `fit` then loads what all others load
+    resumed_step = _resume(trainer, spec, recipe, folder) if spec.resume and folder and not comes_back else 0
     if comm.rank == 0 and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "config.json", _asked_for(spec, trainer, recipe, device))
     samples_before = trainer.state.samples
+    if spec.checkpoint_every != "never":
+        _stop_at_signals(trainer)
     started_s = time.perf_counter()
     state = trainer.fit()
     seconds = time.perf_counter() - started_s
-    if not trainer.records:
+    if not trainer.records and not state.rewinds:
         raise _nothing_to_train(resumed_step)
-    trainer.replica.check()
+    if trainer.config.joint or trainer.config.update == "server":
+        trainer.replica.check()
     summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
     if comm.rank == 0 and folder is not None:
         checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
         _write(folder / "summary.json", summary)
     collectives.barrier(comm)
     return summary
+
+
+def _stop_at_signals(trainer: Trainer) -> None:
+    """Let the run save its state and end with 75 when it is asked to stop."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: trainer.stop())
 
 
 def check_place(spec: RunSpec) -> None:
@@ -179,7 +234,7 @@ def check_place(spec: RunSpec) -> None:
         return
     root = Path(spec.run_dir) / "checkpoints"
     found = checkpoint.steps(root)
-    if found and not spec.resume:
+    if found and not spec.resume and not env.resolve().restart:  # a process that is started again finds its own
         raise UsageError(f"{spec.run_dir} has the checkpoints of an earlier run: give --resume, or another --run-dir")
     if spec.resume and not found:
         checkpoint.load(root)  # says what is wrong
@@ -197,7 +252,10 @@ def check(spec: RunSpec, workers: int) -> None:
     if spec.checkpoint_every != "never":
         _every_steps(spec.checkpoint_every)
     recipe = spec.build()
-    total = _steps(spec.train_config(recipe), _loader(spec, recipe, 0, workers))
+    config = spec.train_config(recipe)
+    if config.backup_workers >= workers:
+        raise UsageError(f"backup_workers is {config.backup_workers} of {workers} workers: leave one at least")
+    total = _steps(config, _loader(spec, recipe, 0, workers))
     if spec.resume and spec.run_dir is not None:
         _check_same(spec, recipe, Path(spec.run_dir))
         root = Path(spec.run_dir) / "checkpoints"
@@ -291,7 +349,8 @@ def _steps(config: TrainConfig, loader: Loader) -> int:
 
 def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device, folder: Path | None) -> Trainer:
     model = recipe.model.to(device)
-    config = spec.train_config(recipe)
+    first = "first" if getattr(comm, "device", None) is not None else None
+    config = spec.train_config(recipe, update=first)
     optimizer = recipe.optimizer(model.parameters())
     if spec.lr is not None:
         for group in optimizer.param_groups:
@@ -307,7 +366,6 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
         config=config,
         scheduler=recipe.schedule(optimizer, steps) if recipe.schedule else None,
         hooks=_hooks(spec, recipe, comm, device, folder),
-        update="first" if getattr(comm, "device", None) is not None else "all",
     )
 
 
@@ -326,6 +384,14 @@ def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, f
     elif spec.tensorboard:
         raise UsageError("--tensorboard needs --run-dir, where its files go")
     return hooks
+
+
+def _staleness(text: str) -> int | None:
+    if text.lower() == "none":
+        return None
+    if not text.isdigit():
+        raise UsageError(f"staleness is {text!r}: a number of steps, or `none` for no bound")
+    return int(text)
 
 
 def _every_steps(text: str) -> int | None:
@@ -368,7 +434,7 @@ def _asked_for(spec: RunSpec, trainer: Trainer, recipe: Recipe, device: torch.de
     comm = trainer.comm
     return {
         **dataclasses.asdict(spec),
-        **dataclasses.asdict(trainer.config),
+        **{k: v for k, v in dataclasses.asdict(trainer.config).items() if k != "rewind_to"},
         "global_batch": trainer.data.global_batch,
         "lr": _rate(spec, recipe),
         "buffers": [name for name, _ in trainer.model.named_buffers()],
@@ -389,7 +455,7 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, sa
     """The figures of a run: worker 0's typical step, everyone's beside it, and what the model has learnt."""
     state, comm = trainer.state, trainer.comm
     mine = json.dumps(summarise(trainer.records)).encode()
-    workers = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/summary")]
+    workers = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/summary") if data]
     epochs = state.epoch if trainer.config.steps is None else round(state.samples / len(recipe.train), 3)  # type: ignore[arg-type]
     step_s = sum(r["step_ms"] for r in trainer.records) / 1e3
     return {
@@ -399,14 +465,34 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, sa
         "dtype": spec.dtype,
         "epochs": epochs,
         "steps": state.step,
-        "samples_per_s": samples / step_s,
+        "samples_per_s": samples / step_s if step_s else 0.0,  # none, where this process came for the end only
         "seconds": seconds,
         **workers[0],
         "train_loss": state.loss,
         **({"loss": state.loss} | state.metrics),
         **recipe.notes,
         **_first_device(trainer, workers),
+        **_servers(trainer),
         "per_worker": workers,
+    }
+
+
+def _servers(trainer: Trainer) -> dict[str, Any]:
+    """With the update on the servers: memory of the optimizer, and what became of each worker's gradients."""
+    pushes, comm = trainer.replica.pushes, trainer.comm
+    found: dict[str, Any] = {"rewinds": trainer.state.rewinds} if trainer.config.rewind_to else {}
+    if pushes is None:
+        return found
+    mine = json.dumps({"staleness": pushes.staleness, "dropped": pushes.dropped}).encode()
+    rows = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/staleness") if data]
+    nbytes = pushes.state_bytes() if comm.rank == 0 else 0
+    collectives.barrier(comm)
+    return found | {
+        "placement": pushes.table(),
+        "optimizer_bytes": nbytes,
+        "optimizer_bytes_saved": nbytes * (comm.world_size - 1),  # against a copy on each worker
+        "staleness": [row["staleness"] for row in rows],
+        "dropped_gradients": [row["dropped"] for row in rows],
     }
 
 

@@ -72,7 +72,30 @@ def run(summary: dict[str, Any]) -> str:
             f"Worker 0's device updates for all: compared with another one it holds {memory} more, and in a step sends "
             f"{sent} and receives {received} more."
         )
+    lines += _on_servers(summary)
     return "\n".join([*lines, "", *_notes([summary["backend"]])])
+
+
+def _on_servers(summary: dict[str, Any]) -> list[str]:
+    """Where servers stepped the optimizer: what they kept, and what became of each worker's gradients."""
+    lines = []
+    if "placement" in summary:
+        kept, saved = (summary[f"optimizer_bytes{name}"] / 1e6 for name in ("", "_saved"))
+        lines += ["", summary["placement"]]
+        lines.append(
+            f"The optimizer's state, {kept:.3f} MB, is there once; a copy on each worker would be {saved:.3f} MB more."
+        )
+        histograms = [{int(k): n for k, n in row.items()} for row in summary["staleness"]]
+        if any(set(row) - {0} for row in histograms) or any(summary["dropped_gradients"]):
+            rows = [
+                [f"worker {rank}", str(dropped), " ".join(f"{k}:{row[k]}" for k in sorted(row))]
+                for rank, (row, dropped) in enumerate(zip(histograms, summary["dropped_gradients"], strict=True))
+            ]
+            head = ["gradients", "dropped", "staleness:how often"]
+            lines += ["", table(head, rows, left=1)]
+    if summary.get("rewinds"):
+        lines.append(f"Went back to a checkpoint {summary['rewinds']} times, because a process was lost.")
+    return lines
 
 
 def _notes(backends: Iterable[str]) -> list[str]:

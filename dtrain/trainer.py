@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain import checkpoint, generators, norm
 from dtrain.comm import collectives
-from dtrain.comm.base import Backend
+from dtrain.comm.base import Backend, Rejoins
+from dtrain.comm.hosts import ServerUpdate
 from dtrain.comm.solo import Solo
 from dtrain.config import TrainConfig
 from dtrain.data import Loader, Micro, Step, to_device
-from dtrain.errors import DataError, UsageError
+from dtrain.errors import DataError, Preempted, Rewound, UsageError
 from dtrain.hooks import Hook, State
 from dtrain.measure import Stopwatch, metered
 from dtrain.norm.merge import merge_statistics
 from dtrain.replica import replicate
 from dtrain.snapshot import gather_own, restore_own
+
+log = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss over the samples of the batch."""
@@ -50,7 +55,6 @@ class Trainer:
         config: TrainConfig,
         scheduler: LRScheduler | None = None,
         hooks: Sequence[Hook] = (),
-        update: str = "all",
     ) -> None:
         """
         Args:
@@ -61,7 +65,6 @@ class Trainer:
             comm: from `dtrain.connect()`; None: alone.
             scheduler: stepped once after each optimizer step.
             hooks: see `dtrain.hooks`.
-            update: see `dtrain.replicate`.
 
         Raises:
             UsageError: `data` is the share of another worker, or of another number of them.
@@ -78,17 +81,23 @@ class Trainer:
             self.model = norm.convert(model, norm_batch=config.norm_batch, comm=self.comm)
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self._first_settings = copy.deepcopy(_settings(optimizer))
+        update = self._server_update() if config.update == "server" else config.update
         self.replica = replicate(self.model, self.comm, bucket_mb=config.bucket_mb, update=update)
+        if config.nonfinite != "allow":
+            self.replica.look_for_nonfinite()
         self.records: list[dict[str, float]] = []
         """Times and bytes of this worker's steps, see `dtrain.measure.Stopwatch`."""
         self._loss = loss
         self.data = data
-        self._update_by = update
         self._hooks = list(hooks)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
         self._watch = Stopwatch(self.comm, self._device)
         self._step_in_epoch = 0
+        self._asked_to_stop = self._stopping = False
+        self._begun = False  # whether this process has made a step
+        self._ahead = 0  # steps made before this worker's count of the servers' begins
         self._lost = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss times samples, samples
         self.state = State(model=self.model, comm=self.comm, steps=self._total_steps(), snapshot=self._snapshot)
         generators.seed_all(config.seed * 1_000_003 + self.comm.rank)
@@ -96,17 +105,120 @@ class Trainer:
     def fit(self) -> State:
         """Train to the end of `config.epochs` or `config.steps`; the final state."""
         self.model.train()
-        self._call("on_start")
-        while not self._over():
-            for step in self._timed(self.data.epoch(self.state.epoch, self._step_in_epoch)):
-                self._train(step)
-                if self._over() and self._step_in_epoch != self.data.steps_per_epoch:
-                    break
-            else:
-                self._end_epoch()
-        self._average_loss()
-        self._call("on_end")
-        return self.state
+        self._ahead = self.state.step - (self.replica.pushes.steps if self.replica.pushes else 0)
+        come_back = started = False
+        while True:
+            try:
+                gone_back = (come_back or self._begin_or_come_back()) and self._rewind()
+                if not started:  # a replacement's hooks start where the run stands
+                    started = True
+                    self._call("on_start")
+                elif gone_back:
+                    self._call("on_rewind")
+                if gone_back:
+                    collectives.barrier(self.comm)
+                while not self._over():
+                    self._run_epoch()
+                self._settle()
+                self._average_loss()
+                self._call("on_end")
+                return self.state
+            except Rewound as rewound:
+                if self.config.rewind_to is None or not rewound.epoch or not isinstance(self.comm.inner, Rejoins):
+                    raise
+                log.warning("%s", rewound)
+                come_back = True
+                self._rejoin(rewound.epoch)
+
+    def _run_epoch(self) -> None:
+        """Train from where the run stands to the end of the epoch, or of the run."""
+        for step in self._timed(self.data.epoch(self.state.epoch, self._step_in_epoch)):
+            skipped = self._train(step)
+            if self._step_in_epoch == self.data.steps_per_epoch:
+                break
+            if self._over() or skipped:
+                return
+        self._end_epoch()
+
+    def stop(self) -> None:
+        """Ask for an end: at the next record or end of an epoch, all workers save their state and raise `Preempted`.
+
+        May be called from a signal's handler, on any worker.
+        """
+        self._asked_to_stop = True
+
+    def _stop_if_asked(self) -> None:
+        if not self._stopping:
+            return
+        self._call("on_stop")
+        collectives.barrier(self.comm)
+        raise Preempted(f"asked to stop: the run is saved at step {self.state.step}; resume it to go on")
+
+    # -- when a process of the job was lost ---------------------------------------------------------------------------
+
+    def _begin_or_come_back(self) -> bool:
+        """Commit the start of a run that is to survive a loss; or whether this process comes to one that has begun."""
+        root, comm = self.config.rewind_to, self.comm.inner
+        if root is None or not isinstance(comm, Rejoins):
+            return False
+        if comm.epoch > 0:
+            return True
+        again = any(row[0] for row in collectives.gather_numbers(comm, [comm.incarnation], "metric/incarnation"))
+        if again or not checkpoint.steps(root):
+            return self._commit_start(again)
+        return False
+
+    def _commit_start(self, again: bool) -> bool:
+        """Whether there is a commit to go back to; else the present state becomes one. All workers call it."""
+        root = self.config.rewind_to
+        assert root is not None  # noqa: S101
+        if again and self._newest_commit() >= 0:
+            return True
+        groups = self._snapshot()
+        if groups is not None:
+            checkpoint.save(root, self.state.step, groups)
+        return False
+
+    def _newest_commit(self) -> int:
+        """The step that worker 0 finds, on all workers; -1 for none."""
+        root = self.config.rewind_to
+        newest = (checkpoint.steps(root) or [-1])[-1] if self.comm.rank == 0 and root is not None else 0
+        return collectives.gather_numbers(self.comm, [newest], "metric/commit")[0][0]
+
+    def _rejoin(self, epoch: int) -> None:
+        """Come to the new epoch; another loss meanwhile makes it a later one."""
+        assert isinstance(self.comm.inner, Rejoins)  # noqa: S101
+        for group, settings in zip(self.optimizer.param_groups, self._first_settings, strict=True):
+            group.update(copy.deepcopy(settings))  # which a replacement has, until both load the same commit
+        while True:
+            try:
+                self.comm.inner.rejoin(epoch)
+                self.replica.rejoin()
+                return
+            except Rewound as again:
+                epoch = again.epoch
+
+    def _rewind(self) -> bool:
+        """Go back to the newest commit, the same on all workers; where there is none, the present state becomes one.
+
+        Returns whether there was one.
+        """
+        root = self.config.rewind_to
+        assert root is not None  # noqa: S101
+        step = self._newest_commit()
+        if step < 0:
+            begun = [row[0] for row in collectives.gather_numbers(self.comm, [self._begun], "metric/begun")]
+            if any(begun):  # those that have are started again
+                raise Rewound(f"a process was lost, and there is no commit in {root} yet: start again", 0)
+            self._commit_start(False)
+            return False
+        self._lost.zero_()
+        self.optimizer.zero_grad()
+        self.resume(root, step)
+        self.state.rewinds += 1
+        self.records = self.records[: self.state.step]
+        log.warning("went back to step %d", self.state.step)
+        return True
 
     def resume(self, root: Path, step: int | None = None) -> int:
         """Go on from the newest checkpoint under `root`, or from that of `step`; the step that was reached.
@@ -126,12 +238,16 @@ class Trainer:
             self.optimizer.load_state_dict(groups["optimizer"])
         except ValueError as error:
             raise DataError(f"{saved.path} is of another optimizer: {error}") from error
+        if self.replica.pushes is not None:
+            self.replica.pushes.restore(self.optimizer.state_dict()["state"])
+            self.optimizer.state.clear()
         if self.scheduler is not None and groups["scheduler"] is not None:
             self.scheduler.load_state_dict(groups["scheduler"])
         if groups["scaler"]:
             self._scaler.load_state_dict(groups["scaler"])
         self.state.step, self.state.epoch, self.state.samples = (position[k] for k in ("step", "epoch", "samples"))
         self._step_in_epoch = position["step_in_epoch"]
+        self._ahead = self.state.step - (self.replica.pushes.steps if self.replica.pushes else 0)
         if position["world_size"] == self.comm.world_size:
             restore_own(groups[f"worker-{self.comm.rank}"], self.model)
         else:
@@ -140,7 +256,8 @@ class Trainer:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def _train(self, step: Step) -> None:
+    def _train(self, step: Step) -> bool:
+        """One step; whether later ones are to be left out, which others made while this worker was at it."""
         micro_batches = list(step.micro_batches)
         for position, micro in enumerate(micro_batches):
             last = position == len(micro_batches) - 1
@@ -153,11 +270,29 @@ class Trainer:
                 self._lost[1] += micro.samples
         with self._watch.phase("optimizer"):
             self._update()
-        self._step_in_epoch = step.number + 1
-        self.state.step += 1
-        self.state.samples += step.total
+        self._begun = True
+        made = self._made()
+        self._step_in_epoch = step.number + made
+        self.state.step += made
+        self.state.samples += step.total if made == 1 else self._samples_of(step, made)
         self._record()
         self._call("on_step")
+        self._stop_if_asked()
+        return made > 1
+
+    def _made(self) -> int:
+        """Steps that the job has made meanwhile: 1, or more where it does not wait for this worker."""
+        pushes = self.replica.pushes
+        if pushes is None or self.config.joint or not self.config.backup_workers:
+            return 1
+        made = pushes.steps + self._ahead - self.state.step
+        last = self.data.steps_per_epoch
+        return max(1, made if last is None else min(made, last - self._step_in_epoch))
+
+    def _samples_of(self, step: Step, made: int) -> int:
+        """Samples of a step and those after it, whose last may be short; of a stream, as if it were not."""
+        first, last = (n * self.data.global_batch for n in (step.number, step.number + made))
+        return last - first if self.data.num_samples is None else min(last, self.data.num_samples) - first
 
     def _forward(self, micro: Micro) -> Tensor:
         with self._watch.phase("forward"):
@@ -172,6 +307,15 @@ class Trainer:
 
     def _update(self) -> None:
         """Clip the global gradient and step; every worker has the same one, so every worker does the same."""
+        if self.replica.pushes is not None:
+            self.replica.publish()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.optimizer.zero_grad()
+            return
+        if self._gradient_is_bad():
+            self.optimizer.zero_grad()
+            return
         if self.replica.updates:
             if self.config.clip_grad_norm is not None:
                 self._scaler.unscale_(self.optimizer)
@@ -183,9 +327,40 @@ class Trainer:
             if self.scheduler is not None and self._scaler.get_scale() >= scale:
                 self.scheduler.step()
         self.replica.publish()
-        if self._update_by == "first" and self._scaler.is_enabled():
+        if self.config.update == "first" and self._scaler.is_enabled():
             self._share_scale()
         self.optimizer.zero_grad()
+
+    def _gradient_is_bad(self) -> bool:
+        """Whether this step is to be left out, because a worker's gradient is not finite."""
+        if self.config.nonfinite == "allow":
+            return False
+        found = self.replica.nonfinite()
+        if not found:
+            return False
+        text = f"step {self.state.step + 1}: the gradient is not finite: " + "; ".join(found)
+        if self.config.nonfinite == "abort":
+            raise DataError(text)
+        if self.comm.rank == 0:
+            log.warning("%s; the step is left out", text)
+        self.replica.publish()
+        return True
+
+    def _server_update(self) -> ServerUpdate:
+        config = self.config
+        return ServerUpdate(
+            optimizer=self.optimizer,
+            clip_grad_norm=config.clip_grad_norm,
+            staleness=config.staleness,
+            backup_workers=config.backup_workers,
+            damping=config.damping,
+            delay_compensation=config.delay_compensation,
+        )
+
+    def _settle(self) -> None:
+        """Where workers do not wait for each other: let them have the same parameters, before anybody looks at them."""
+        if self.replica.pushes is not None and not self.config.joint:
+            self.replica.pushes.refresh()
 
     def _share_scale(self) -> None:
         """Where worker 0 updates for all, it alone knows the scale of the next loss."""
@@ -217,8 +392,15 @@ class Trainer:
         return step % self.config.log_every == 0 or step == self.state.steps
 
     def _average_loss(self) -> None:
-        """`state.loss` over all workers' samples since the last time; as it was where there are none."""
-        total, samples = collectives.sum_numbers(self.comm, self._lost.tolist(), "metric/loss")
+        """`state.loss` over all workers' samples since the last time; as it was where there are none.
+
+        Where workers do not wait for each other, it is this worker's.
+        """
+        total, samples = self._lost.tolist()
+        if self.config.joint:
+            numbers = [total, samples, float(self._asked_to_stop)]
+            total, samples, stops = collectives.sum_numbers(self.comm, numbers, "metric/loss")
+            self._stopping = stops > 0
         self._lost.zero_()
         if samples:
             self.state.loss = total / samples
@@ -241,7 +423,11 @@ class Trainer:
             raise DataError("an epoch without a sample: the data set yields nothing")
         self.state.epoch += 1
         self._step_in_epoch = 0
+        self._settle()
         self._call("on_epoch")
+        if not self.config.joint:
+            self._stopping = collectives.sum_numbers(self.comm, [float(self._asked_to_stop)], "metric/stop")[0] > 0
+            self._stop_if_asked()
 
     def _call(self, name: str) -> None:
         for hook in self._hooks:
@@ -250,13 +436,17 @@ class Trainer:
     # -- what is saved ------------------------------------------------------------------------------------------------
 
     def _snapshot(self) -> dict[str, object] | None:
+        self._settle()
+        optimizer = self.optimizer.state_dict()
+        if self.replica.pushes is not None and self.comm.rank == 0:
+            optimizer["state"] = self.replica.pushes.optimizer_state()
         own = gather_own(self.model, self.comm)
         merged = merge_statistics(self.model, self.comm)
         if self.comm.rank != 0:
             return None
         groups: dict[str, object] = {
             "model": {**self.model.state_dict(), **merged},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "position": {
@@ -264,7 +454,7 @@ class Trainer:
                 "epoch": self.state.epoch,
                 "samples": self.state.samples,
                 "step_in_epoch": self._step_in_epoch,
-                "world_size": self.comm.world_size,
+                "world_size": len(own),  # less, where the job goes on without some: such a run is resumed by fewer
                 "order": self._order(),
             },
         }
@@ -290,6 +480,11 @@ class Trainer:
             if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
                 raise DataError(f"{path} is of another model: {name} is {_kind(there)} there, {_kind(here)} here")
         self.model.load_state_dict(tensors)
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Of each group, all but its parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
 def _kind(tensor: Tensor | None) -> str:

@@ -73,6 +73,7 @@ def square_sums(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
 
 
@@ -90,7 +91,8 @@ class Job:
     """Steps after which the learning rate is halved."""
     stream: bool = False
     seed: int = 0
-    update: str = "all"
+    update: str = "worker"
+    """Who steps the optimizer."""
     config: dict[str, Any] = field(default_factory=dict)
     every_steps: int | None = None
     """Save so often, to `root`."""
@@ -120,7 +122,7 @@ def trainer_of(comm: Backend, job: Job, hooks: tuple[Hook, ...] = (), data: Any 
         world_size=comm.world_size,
         seed=job.seed,
     )
-    config = dtrain.TrainConfig(seed=job.seed, **({"steps": 6} | job.config))
+    config = dtrain.TrainConfig(**({"steps": 6, "seed": job.seed, "update": job.update} | job.config))
     if job.root is not None:
         hooks = (*hooks, Checkpoint(Path(job.root), every_steps=job.every_steps, keep=100))
     scheduler = None
@@ -135,7 +137,6 @@ def trainer_of(comm: Backend, job: Job, hooks: tuple[Hook, ...] = (), data: Any 
         config=config,
         scheduler=scheduler,
         hooks=hooks,
-        update=job.update,
     )
 
 
@@ -157,6 +158,7 @@ def result_of(trainer: Any, state: State) -> dict[str, Any]:
         "random": torch.rand(8),
         "position": (state.step, state.epoch, state.samples),
         "loss": state.loss,
+        "pushes": trainer.replica.pushes and (dict(trainer.replica.pushes.staleness), trainer.replica.pushes.dropped),
         "scale": trainer._scaler.state_dict(),
         "records": trainer.records,
     }

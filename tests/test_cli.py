@@ -5,21 +5,39 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 import dtrain
 from dtrain import cli, doctor
 
 FLAGS = {
-    "train": ["--backend", "--workers", "-n", "--steps", "--seed", "--resume", "--run-dir", "--json", "--timeout-s"],
+    "train": [
+        *("--backend", "--workers", "-n", "--steps", "--seed", "--resume", "--run-dir", "--json", "--timeout-s"),
+        *("--servers", "--lanes", "--update", "--staleness", "--backup-workers", "--damping", "--delay-compensation"),
+        *("--nonfinite", "--on-worker-loss", "--max-restarts"),
+    ],
     "compare": ["--backends", "--workers", "--global-batch", "--dtype", "--json", "--norm-batch"],
-    "launch": ["--workers", "-n", "--backend", "--servers", "--timeout-s", "--threads"],
-    "server": ["--bind", "--workers", "--timeout-s", "--connect-timeout-s", "--insecure-no-encryption"],
+    "launch": [
+        *("--workers", "-n", "--backend", "--servers", "--timeout-s", "--threads", "--on-worker-loss"),
+        "--max-restarts",
+    ],
+    "server": [
+        *("--bind", "--workers", "--server", "--servers", "--timeout-s", "--connect-timeout-s", "--on-worker-loss"),
+        "--scheduler",
+        *("--threads", "--credit-mb", "--keys", "--metrics-port", "--insecure-no-encryption"),
+    ],
+    "scheduler": [
+        *("--bind", "--servers", "--workers", "-n", "--timeout-s", "--idle-s", "--keys", "--insecure-no-encryption")
+    ],
+    "keys": ["DIR"],
     "doctor": ["--json"],
 }
 
@@ -89,6 +107,11 @@ def test_version(dt):
         (["train", "--steps", "many"], "many"),
         (["train", "--steps"], "--steps"),
         (["train", "--dtype", "int8"], "int8"),
+        (["train", "--update", "all"], "all"),
+        (["train", "--lanes", "fast"], "fast"),
+        (["train", "--nonfinite", "pray"], "pray"),
+        (["launch", "--on-worker-loss", "retry", "x.py"], "retry"),
+        (["keys"], "DIR"),
         (["launch", "--nosuch", "1", "x.py"], "--nosuch"),
         (["launch", "-n"], "-n"),
         (["doctor", "--yaml", "x"], "--yaml"),
@@ -112,7 +135,10 @@ def test_what_the_command_line_refuses(dt, arguments: list[str], words: str):
         (["launch"], "nothing to launch"),
         (["launch", "-n", "2"], "nothing to launch"),
         (["launch", "-n", "0", "x.py"], "workers is 0"),
-        (["launch", "--servers", "2", "x.py"], "servers 2"),
+        (["launch", "--servers", "2", "x.py"], "servers is 2, and backend allreduce has none: they go with ps"),
+        (["launch", "--backend", "ps", "--servers", "0", "x.py"], "servers 0"),
+        (["launch", "--on-worker-loss", "wait", "x.py"], "on_worker_loss is 'wait' with backend allreduce"),
+        (["launch", "--backend", "ps", "--max-restarts", "-1", "x.py"], "max_restarts is -1"),
         (["launch", "--backend", "threads", "x.py"], "backend is threads, which needs no processes: call dtrain.run"),
         (["launch", "--backend", "solo", "x.py"], "backend solo is a world of one, and workers is 2: give -n 1"),
         (["launch", "nosuch.py"], "nosuch.py: there is no such script in "),
@@ -122,6 +148,34 @@ def test_what_the_command_line_refuses(dt, arguments: list[str], words: str):
         (["train", "--steps", "2", "--epochs", "3"], "epochs is 3, steps 2: give one of them"),
         (["train", "--device", "gpu"], "device is 'gpu'"),
         (["train", "--backend", "ps", "--devices", "cpu"], "--devices goes with --backend threads"),
+        (["train", "--backend", "allreduce", "--update", "server"], "update is 'server' with backend allreduce"),
+        (["train", "--backend", "solo", "--update", "server"], "update is 'server' with backend solo"),
+        (["train", "--staleness", "2"], "staleness is 2 with update=worker"),
+        (["train", "--backup-workers", "1"], "backup_workers is 1 with update=worker"),
+        (["train", "--staleness", "abc"], "staleness is 'abc': a number of steps, or `none` for no bound"),
+        (["train", "--update", "server", "--staleness", "-1"], "staleness is '-1'"),
+        (["train", "--update", "server", "--nonfinite", "skip"], "nonfinite is 'skip' with update=server"),
+        (["train", "--update", "server", "--amp", "fp16"], "amp is fp16 with update=server"),
+        (["train", "--update", "server", "--staleness", "2", "--norm-batch", "global"], "norm_batch is global"),
+        (["train", "--on-worker-loss", "drop"], "on_worker_loss is 'drop'"),
+        (["train", "--backend", "allreduce", "--on-worker-loss", "wait"], "with backend allreduce: it needs backend"),
+        (["train", "--on-worker-loss", "wait", "--checkpoint-every", "never"], "nothing to go back to"),
+        (["train", "--backend", "allreduce", "--servers", "2"], "servers is 2, and backend allreduce has none"),
+        (["train", "--backend", "solo", "--servers", "2"], "servers is 2, and backend solo has none"),
+        (["train", "--backend", "threads", "--servers", "2"], "servers is 2, and backend threads has none"),
+        (["train", "--servers", "0"], "servers 0"),
+        (["train", "--max-restarts", "-1"], "max_restarts is -1"),
+        (["server", "--bind", "tcp://127.0.0.1:0", "-n", "1", "--server", "2", "--servers", "2"], "server is 2 of 2"),
+        (["server", "--bind", "tcp://127.0.0.1:0", "-n", "1", "--keys", "/nosuch"], "/nosuch/server.secret"),
+        (["server", "--bind", "tcp://0.0.0.0:0", "-n", "1"], "--insecure-no-encryption"),
+        (["server", "-n", "1"], "no address: give --bind"),
+        (["server", "-n", "1", "--scheduler", "nowhere"], "server address is 'nowhere'"),
+        (["scheduler", "--servers", "2"], "no address: give --bind"),
+        (["scheduler", "--bind", "tcp://127.0.0.1:0"], "servers is not given: say --servers 2, or set DMLC_NUM_SERVER"),
+        (["scheduler", "--bind", "tcp://127.0.0.1:0", "--servers", "0"], "servers is 0, workers 1"),
+        (["scheduler", "--bind", "tcp://0.0.0.0:0", "--servers", "2"], "--insecure-no-encryption"),
+        (["scheduler", "--bind", "tcp://127.0.0.1:0", "--servers", "2", "--keys", "/nosuch"], "/nosuch/server.secret"),
+        (["keys", "/nosuch/keys"], "/nosuch/keys: cannot write keys there"),
         (["compare", "--option", "nosuch=3"], "recipe 'digits' has no option 'nosuch'"),
         (["launch", "nosuch-program"], "cannot start 'nosuch-program' as worker 0"),
         (["launch", "--backend", "ps", "/"], "cannot start '/' as worker 0"),
@@ -139,7 +193,7 @@ def test_what_a_command_refuses_in_one_line(dt, tmp_path: Path, arguments: list[
     assert words in err
     assert err.startswith("dtrain: ")
     assert len(err.splitlines()) == 1
-    if "nosuch" in words:
+    if "nosuch" in words or arguments[0] == "train":
         assert not (tmp_path / "runs").exists(), "refused before a directory was made"
 
 
@@ -163,6 +217,39 @@ def test_a_contradiction_in_the_environment(dt, monkeypatch: pytest.MonkeyPatch)
     code, _, err = dt("train", "--backend", "ps")
     assert code == 64
     assert "RANK=0 and DMLC_WORKER_ID=1 contradict each other" in err
+
+
+# --- keys
+
+
+@pytest.mark.skipif(not zmq.has("curve"), reason="libzmq without CURVE")
+def test_keys_are_made_once(dt, tmp_path: Path):
+    folder = tmp_path / "keys"
+    code, out, err = dt("keys", str(folder))
+    assert (code, err) == (0, "")
+    assert f"keys are in {folder}" in out
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    made = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert made.keys() == {"server.public", "server.secret", "worker.public", "worker.secret"}
+    assert len(set(made.values())) == 4
+    for name in ("server.secret", "worker.secret"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+        assert made[name].decode().strip() not in out
+
+    code, _, err = dt("keys", str(folder))
+    assert code == 64
+    assert "holds keys already" in err
+    assert len(err.splitlines()) == 1
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == made
+
+
+def test_keys_into_a_folder_that_others_may_read(dt, tmp_path: Path):
+    folder = tmp_path / "open"
+    folder.mkdir(mode=0o755)
+    code, _, err = dt("keys", str(folder))
+    assert code == 64
+    assert f"chmod 700 {folder}" in err
+    assert list(folder.iterdir()) == []
 
 
 # --- doctor
@@ -325,3 +412,28 @@ def test_train_in_processes(tmp_path: Path):
     assert f"Run directory: {run}" in done.stdout
     assert json.loads(figures.read_text())["workers"] == 2
     assert {p.name for p in run.iterdir()} >= {"config.json", "metrics.jsonl", "summary.json", "model.safetensors"}
+
+
+# --- scheduler
+
+
+def test_one_server_needs_no_scheduler(dt, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"ROLE": "scheduler", "NUM_SERVER": "1", "PS_ROOT_URI": "10.0.0.5", "PS_ROOT_PORT": "9"}.items():
+        monkeypatch.setenv(f"DMLC_{name}", value)
+    assert dt("scheduler") == (0, "one server, which listens at tcp://10.0.0.5:9 itself: no scheduler is needed\n", "")
+
+
+def test_a_scheduler_whose_servers_do_not_come(dt):
+    code, out, err = dt("scheduler", "--bind", "tcp://127.0.0.1:0", "--servers", "2", "-n", "3", "--timeout-s", "0.2")
+    assert code == 69
+    assert out.startswith("listening at tcp://127.0.0.1:")
+    assert "for 2 servers, 3 workers" in out
+    assert err == "dtrain: within 0.2 s, 0 of 2 servers have registered; missing: server 0, 1\n"
+
+
+def test_a_server_whose_scheduler_is_not_there(dt):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+    code, _, err = dt("server", "-n", "1", "--scheduler", address, "--connect-timeout-s", "0.3")
+    assert code == 69
+    assert err == f"dtrain: nobody answers at {address} within 0.3 s: is the scheduler started?\n"

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +30,9 @@ from dtrain.comm.base import Backend
 from dtrain.comm.rendezvous import meet, open_store
 from dtrain.comm.solo import Solo
 from dtrain.connect import Request, check_backend
+from dtrain.ps import keys as curve
 from dtrain.ps.client import ParameterServer
+from dtrain.ps.members import Terms
 from dtrain.ps.server import Server
 from tests.strangers import STRANGERS, closed_port, listening, says_nothing
 
@@ -38,6 +41,9 @@ PATIENCE_S = 0.7
 
 MARGIN_S = 4.0
 """What they may take longer: two cores, several tests at once."""
+
+
+ALONE = Terms(world_size=1)
 
 
 # `dtrain.connect` is the function, and hides the module of that name.
@@ -90,9 +96,10 @@ def together(*calls: Callable[[], object]) -> list[object]:
 
 
 @contextlib.contextmanager
-def serving(address: str, world_size: int, *, job_id: str = "") -> Iterator[str]:
+def serving(address: str, world_size: int, *, keys: Path | None = None, **terms: object) -> Iterator[str]:
     """A server in a thread; gives its address."""
-    server = Server(address, world_size, job_id=job_id, timeout_s=5, connect_timeout_s=20)
+    told = Terms(world_size=world_size, timeout_s=5, connect_timeout_s=20, **terms)
+    server = Server(address, told, threads=1, keys=keys)
 
     def run() -> None:
         with contextlib.suppress(e.DtrainError):
@@ -221,12 +228,24 @@ def test_no_server_address(address: str):
     assert repr(address) in failure(lambda: ps_worker(address), e.UsageError)
 
 
-def test_one_server_is_supported():
-    text = failure(lambda: ps_worker("tcp://127.0.0.1:1,tcp://127.0.0.1:2"), e.UsageError)
-    assert "one server is supported" in text
+def test_one_of_several_addresses_is_none():
+    assert "'nowhere'" in failure(lambda: ps_worker("tcp://127.0.0.1:1,nowhere"), e.UsageError)
 
 
-@pytest.mark.parametrize("use", [ps_worker, lambda address: Server(address, 1)])
+def test_one_of_several_servers_is_not_there(bind: str):
+    gone = f"tcp://127.0.0.1:{closed_port()}"
+    server = Server(bind, Terms(world_size=1, num_servers=2), threads=1)
+    text = failure(lambda: ps_worker(f"{server.address},{gone}", 0, 1), e.ConnectError)
+    assert f"nobody answers at {gone}" in text
+    server.close()
+
+
+def test_lanes_are_auto_or_off():
+    text = failure(lambda: ps_worker("tcp://127.0.0.1:1", lanes="fast"), e.UsageError)
+    assert "lanes is 'fast'" in text
+
+
+@pytest.mark.parametrize("use", [ps_worker, lambda address: Server(address, ALONE)])
 def test_the_path_of_a_socket_is_short(use: Callable[[str], object]):
     address = f"ipc:///tmp/{'x' * 120}"
     assert "at most 107 bytes, this one 125" in failure(lambda: use(address), e.UsageError)
@@ -281,7 +300,7 @@ def test_the_servers_port_is_a_zeromq_router_of_another_service(says: list[bytes
         port = stranger.bind_to_random_port("tcp://127.0.0.1")
 
         def answer() -> None:
-            if stranger.poll(5000):
+            while stranger.poll(500):
                 stranger.send_multipart([stranger.recv_multipart()[0], *says])
 
         thread = threading.Thread(target=answer)
@@ -289,6 +308,23 @@ def test_the_servers_port_is_a_zeromq_router_of_another_service(says: list[bytes
         text = failure(lambda: ps_worker(f"tcp://127.0.0.1:{port}"), e.ProtocolError)
         thread.join()
     assert str(port) in text
+
+
+def test_another_service_that_answers_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dtrain.ps.client._MARGIN_S", 0.5)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as stranger:
+        stranger.linger = 0
+        port = stranger.bind_to_random_port("tcp://127.0.0.1")
+
+        def answer() -> None:
+            if stranger.poll(5000):
+                stranger.send_multipart([stranger.recv_multipart()[0], b"who are you?"])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        text = failure(lambda: ps_worker(f"tcp://127.0.0.1:{port}"), e.ProtocolError)
+        thread.join()
+    assert f"the server at tcp://127.0.0.1:{port} is not dtrain's" in text
 
 
 # --- who takes part in a parameter server's job
@@ -325,7 +361,9 @@ def test_another_jobs_server(bind: str, monkeypatch: pytest.MonkeyPatch):
     with serving(bind, 1, job_id="theirs") as address:
         monkeypatch.setenv("DTRAIN_JOB_ID", "mine")
         text = failure(lambda: ps_worker(address, 0, 1), e.UsageError)
-        assert "worker 0 belongs to job mine, the server to job theirs" in text
+        assert "belongs to another job than this server" in text
+        assert "mine" not in text
+        assert "theirs" not in text
         monkeypatch.setenv("DTRAIN_JOB_ID", "theirs")
         ps_worker(address, 0, 1, connect_timeout_s=9).close()  # the server was not disturbed
 
@@ -341,6 +379,74 @@ def test_workers_that_agree_join_and_leave(bind: str):
         second.close()
     if address.startswith("ipc"):
         assert not Path(address.removeprefix("ipc://")).exists()
+
+
+def other(bind: str) -> str:
+    """A second address of that kind."""
+    return bind if bind.endswith(":0") else f"{bind}b"
+
+
+def test_workers_join_several_servers(bind: str):
+    with (
+        serving(bind, 2, server=0, num_servers=2) as first,
+        serving(other(bind), 2, server=1, num_servers=2) as second,
+    ):
+        addresses = f"{first},{second}"
+        workers = together(*[lambda r=r: ps_worker(addresses, r, connect_timeout_s=9) for r in range(2)])
+        assert [type(w) for w in workers] == [ParameterServer] * 2, workers
+        flats = [torch.full((300_001,), w.rank + 1.0) for w in workers]
+        together(*[lambda w=w, f=f: w.all_reduce(f, "gradient/0").wait() for w, f in zip(workers, flats, strict=True)])
+        assert all(torch.equal(f, torch.full((300_001,), 3.0)) for f in flats)
+        for worker in workers:
+            worker.close()
+
+
+def test_servers_in_another_order(bind: str):
+    with (
+        serving(bind, 1, server=0, num_servers=2) as first,
+        serving(other(bind), 1, server=1, num_servers=2) as second,
+    ):
+        text = failure(lambda: ps_worker(f"{second},{first}", 0, 1), e.UsageError)
+        assert "server" in text
+        assert "order" in text
+        ps_worker(f"{first},{second}", 0, 1, connect_timeout_s=9).close()
+
+
+def test_a_server_of_several_does_not_do_alone(bind: str):
+    with serving(bind, 1, server=0, num_servers=1) as address:
+        with serving(other(bind), 1, server=1, num_servers=2) as second:
+            text = failure(lambda: ps_worker(second, 0, 1), e.UsageError)
+            assert "2" in text
+            ended = failure(lambda: ps_worker(f"{address},{second}", 0, 1), e.UsageError)
+            assert "1" in ended
+        ps_worker(address, 0, 1, connect_timeout_s=9).close()
+
+
+@pytest.mark.parametrize(("lanes", "variable"), [("off", "auto"), (None, "off")])
+def test_lanes_off_is_sockets_only(bind: str, monkeypatch: pytest.MonkeyPatch, lanes: str | None, variable: str):
+    monkeypatch.setenv("DTRAIN_LANES", variable)
+    with serving(bind, 1) as address:
+        comm = ps_worker(address, 0, 1, connect_timeout_s=9, lanes=lanes)
+        assert isinstance(comm, ParameterServer)
+        assert not comm.shares
+        assert collectives.sum_numbers(comm, [2.0]) == [2.0]
+        comm.close()
+
+
+@pytest.mark.skipif(not zmq.has("curve"), reason="libzmq without CURVE")
+def test_keys_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mine, others = tmp_path / "mine", tmp_path / "others"
+    curve.make(mine)
+    curve.make(others)
+    with serving("tcp://127.0.0.1:0", 1, keys=mine) as address:
+        monkeypatch.setenv("DTRAIN_KEYS", str(others))
+        assert "server.public" in failure(lambda: ps_worker(address, 0, 1), e.ProtocolError)
+        shutil.copy(mine / "server.public", others)
+        failure(lambda: ps_worker(address, 0, 1), e.KeyRefused)
+        monkeypatch.setenv("DTRAIN_KEYS", str(mine))
+        comm = ps_worker(address, 0, 1, connect_timeout_s=9)
+        assert collectives.sum_numbers(comm, [2.0]) == [2.0]
+        comm.close()
 
 
 # --- the store where workers of all-reduce meet
@@ -538,18 +644,26 @@ def test_beside_the_programs_own_group_in_two_processes(tmp_path: Path):
 
 @pytest.mark.parametrize("address", ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://10.1.2.3:5555", "tcp://[::]:0"])
 def test_a_server_does_not_listen_beyond_this_host(address: str):
-    text = failure(lambda: Server(address, 1), e.UsageError)
+    text = failure(lambda: Server(address, ALONE), e.UsageError)
     assert "--insecure-no-encryption" in text
 
 
 def test_a_server_listens_beyond_this_host_when_told():
-    server = Server("tcp://0.0.0.0:0", 1, insecure_no_encryption=True)
+    server = Server("tcp://0.0.0.0:0", ALONE, insecure_no_encryption=True)
+    assert server.address.startswith("tcp://0.0.0.0:")
+    server.close()
+
+
+@pytest.mark.skipif(not zmq.has("curve"), reason="libzmq without CURVE")
+def test_a_server_with_keys_listens_beyond_this_host(tmp_path: Path):
+    curve.make(tmp_path / "keys")
+    server = Server("tcp://0.0.0.0:0", ALONE, keys=tmp_path / "keys")
     assert server.address.startswith("tcp://0.0.0.0:")
     server.close()
 
 
 def test_a_server_whose_address_is_not_this_hosts():
-    text = failure(lambda: Server("tcp://192.0.2.1:5555", 1, insecure_no_encryption=True), e.UsageError)
+    text = failure(lambda: Server("tcp://192.0.2.1:5555", ALONE, insecure_no_encryption=True), e.UsageError)
     assert "cannot listen at tcp://192.0.2.1:5555" in text
 
 

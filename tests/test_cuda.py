@@ -22,7 +22,7 @@ def make_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(1), nn.Linear(144, 10)).double()
 
 
-def train(comm, model, device, update="all"):
+def train(comm, model, device, update="worker"):
     model = dtrain.norm.convert(model.to(device), comm=comm)
     replica = dtrain.replicate(model, comm, bucket_mb=0.001, update=update)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

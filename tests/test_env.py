@@ -30,6 +30,9 @@ OURS = {
     "DTRAIN_SERVERS": "ipc:///tmp/b",
     "DTRAIN_ROLE": "server",
     "DTRAIN_JOB_ID": "j",
+    "DTRAIN_KEYS": "/etc/keys",
+    "DTRAIN_LANES": "off",
+    "DTRAIN_RESTART": "3",
     "DTRAIN_TIMEOUT_S": "2.5",
     "DTRAIN_LAUNCHER_FD": "7",
     "DTRAIN_JOB_DIR": "/run/dtrain-x",
@@ -68,6 +71,9 @@ OURS = {
                 "servers": "ipc:///tmp/b",
                 "role": "server",
                 "job_id": "j",
+                "keys": "/etc/keys",
+                "lanes": "off",
+                "restart": 3,
                 "timeout_s": 2.5,
                 "launcher_fd": 7,
                 "job_dir": "/run/dtrain-x",
@@ -135,7 +141,7 @@ def test_an_argument_beats_a_variable(
         ({"DMLC_NUM_WORKER": "2", "DMLC_ROLE": "worker"}, ["world_size is 2 (DMLC_NUM_WORKER)", "DMLC_WORKER_ID"]),
         ({**TORCHRUN, "LOCAL_RANK": "2"}, ["local_rank is 2", "local_world_size 2"]),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, ["local_world_size 8", "world_size 4"]),
-        ({"DMLC_ROLE": "scheduler"}, ["role is 'scheduler'", "needs no scheduler"]),
+        ({"DMLC_ROLE": "joint"}, ["role is 'joint'", "worker, server or scheduler"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused(environ: dict[str, str], words: list[str]):
@@ -215,3 +221,53 @@ def test_switches(monkeypatch: pytest.MonkeyPatch):
     assert (env.debug(), env.log_level()) == (True, "INFO")
     monkeypatch.setenv("DTRAIN_DEBUG", "0")
     assert env.debug() is False
+
+
+# --- ps-lite's pair of variables: the scheduler's address, or the only server's
+
+ROOT = {"DMLC_PS_ROOT_URI": "10.0.0.5", "DMLC_PS_ROOT_PORT": "9000"}
+AT = "tcp://10.0.0.5:9000"
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "expected"),
+    [
+        (ROOT, {}, (AT, None, None)),
+        ({**ROOT, "DMLC_NUM_SERVER": "1"}, {}, (AT, None, 1)),
+        ({**ROOT, "DMLC_NUM_SERVER": "2"}, {}, (None, AT, 2)),
+        ({**ROOT, "DMLC_NUM_SERVER": "2"}, {"role": "server", "servers": "tcp://h:0"}, ("tcp://h:0", AT, 2)),
+        ({**ROOT, "DMLC_ROLE": "scheduler"}, {}, (None, AT, None)),
+        ({**ROOT, "DMLC_ROLE": "scheduler", "DMLC_NUM_SERVER": "1"}, {}, (AT, None, 1)),
+        (ROOT, {"role": "scheduler"}, (None, AT, None)),
+        ({**ROOT, "DTRAIN_SCHEDULER": "tcp://s:1"}, {}, (None, "tcp://s:1", None)),
+        ({**ROOT, "DMLC_NUM_SERVER": "2", "DTRAIN_SERVERS": "tcp://s:1"}, {}, ("tcp://s:1", None, 2)),
+        ({"DTRAIN_SERVERS": "tcp://s:1"}, {"scheduler": AT}, (None, AT, None)),
+        ({"DTRAIN_SCHEDULER": "tcp://s:1"}, {"servers": AT}, (AT, None, None)),
+        ({"DTRAIN_SCHEDULER": "tcp://s:1", "DTRAIN_SERVERS": AT}, {"role": "server"}, (AT, "tcp://s:1", None)),
+    ],
+)
+def test_what_ps_lites_pair_names(
+    environ: dict[str, str], arguments: dict[str, object], expected: tuple[str | None, str | None, int | None]
+):
+    place = env.resolve(environ, **arguments)
+    assert (place.servers, place.scheduler, place.num_servers) == expected
+    assert (place.local_rank, place.local_world_size) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "words"),
+    [
+        (
+            {"DTRAIN_SCHEDULER": "tcp://s:1", "DTRAIN_SERVERS": AT},
+            {},
+            f"servers is {AT} (DTRAIN_SERVERS) and scheduler",
+        ),
+        ({}, {"servers": AT, "scheduler": "tcp://s:1"}, "tcp://s:1 (argument): the scheduler tells"),
+        ({**ROOT, "DMLC_NUM_SERVER": "two"}, {}, "DMLC_NUM_SERVER=two: num_servers is a number"),
+        ({"DMLC_NUM_SERVER": "2", "DMLC_PS_ROOT_URI": "h"}, {}, "DMLC_PS_ROOT_PORT is not set"),
+    ],
+)
+def test_servers_and_scheduler_that_cannot_be_meant(environ: dict[str, str], arguments: dict[str, object], words: str):
+    with pytest.raises(UsageError) as caught:
+        env.resolve(environ, **arguments)
+    assert words in str(caught.value)

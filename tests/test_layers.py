@@ -22,8 +22,9 @@ FLOORS = [
     {"hooks"},
     {"evaluate", "snapshot"},
     {"replica", "jobs", "launcher"},
-    {"exchange", "weights"},  # what a replica is made of
+    {"exchange", "pushes", "weights"},  # what a replica is made of
     {"connect"},
+    {"serving"},
     {"recipes", "measure", "largebatch", "norm", "ps"},
     {"comm"},
     {"checkpoint", "buckets", "data", "processes"},

@@ -891,7 +891,7 @@ def test_replicas_of_two_models() -> None:
 
 @pytest.mark.parametrize("loop", ["one backward", "two backwards", "accumulation", "zeroed in place", "no_sync"])
 def test_update_first(loop: str) -> None:
-    """Worker 0 alone steps and hands its parameters out: the result is that of `update="all"`."""
+    """Worker 0 alone steps and hands its parameters out: the result is that of `update="worker"`."""
     steps_taken: list[int] = []
 
     def body(comm: Backend, update: str) -> list[Tensor]:
@@ -917,10 +917,10 @@ def test_update_first(loop: str) -> None:
         replica.check()
         return [p.detach().clone() for p in model.parameters()]
 
-    workers = {update: on_threads(lambda comm, u=update: body(comm, u), workers=3) for update in ("all", "first")}  # type: ignore[misc]
+    workers = {update: on_threads(lambda comm, u=update: body(comm, u), workers=3) for update in ("worker", "first")}  # type: ignore[misc]
     assert sorted(steps_taken) == [0] * 6 + [1] * 3 + [2] * 3
     for worker in workers["first"]:
-        for got, wanted in zip(worker, workers["all"][0], strict=True):
+        for got, wanted in zip(worker, workers["worker"][0], strict=True):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 import dtrain
 from dtrain import checkpoint, generators
+from dtrain.comm import collectives
 from dtrain.comm.solo import Solo
 from dtrain.errors import DataError
 from tests.conftest import everywhere
@@ -276,3 +277,116 @@ def test_models_are_built_alike() -> None:
     a, b = (dict(make_model("dropout", torch.float64).state_dict()) for _ in range(2))
     assert not differences(a, b)
     assert not isinstance(Points(1), IterableDataset)
+
+
+# -- steps that servers make ------------------------------------------------------------------------------------------
+
+SERVED = FULL.but(update="server")
+SHARED = Job("plain", count=44, micro_batch=3, halve_every=4, optimizer="adam").with_config(
+    steps=12, clip_grad_norm=0.5
+)
+"""The same for any number of workers; without batch norm, before which biases have no gradient but rounding."""
+
+
+def there_and_back(comm: Any, folder: Path) -> dict[str, Any]:
+    """Whole runs; and runs that change in the middle who makes the steps."""
+    torch.set_num_threads(1)
+    found = {}
+
+    def run(name: str, job: Job, root: str | None = None) -> None:
+        more = {} if root is None else {"root": str(folder / root)}
+        found[name] = fit(comm, job.but(**more))
+        collectives.barrier(comm)  # worker 0 saves
+
+    first = {"config": FULL.config | {"steps": 5}}
+    run("whole", SERVED, "whole")
+    run("whole, by workers", FULL, "whole, by workers")
+    run("begun", SERVED.but(**first), "begun")
+    run("begun by workers", FULL.but(**first), "begun by workers")
+    run("resumed", SERVED.but(resume=True, resume_step=5), "begun")
+    run("resumed again", SERVED.but(resume=True, resume_step=7), "begun")
+    run("resumed by servers", SERVED.but(resume=True, resume_step=5), "begun by workers")
+    run("resumed by workers", FULL.but(resume=True, resume_step=5), "begun")
+    for optimizer in ("adam", "adafactor"):
+        job = SHARED.but(optimizer=optimizer, update="server").with_config(steps=5)
+        run(f"begun, {optimizer}", job, f"begun, {optimizer}")
+    return found
+
+
+def go_on(comm: Any, folder: Path, names: list[str]) -> dict[str, Any]:
+    """In another job, what was begun there."""
+    torch.set_num_threads(1)
+    found = {}
+    for name in names:
+        job = SERVED if name == "begun" else SHARED.but(optimizer=name.split()[1], update="server")
+        found[name] = fit(comm, job.but(root=str(folder / name), resume=True, resume_step=5))
+        collectives.barrier(comm)
+    return found
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("changed")
+    return folder, dtrain.run(there_and_back, folder, workers=2, backend="ps", servers=2, timeout_s=30.0)
+
+
+def saved_optimizer(root: Path, step: int = 12) -> dict[str, Any]:
+    return checkpoint.load(root, step).groups["optimizer"]  # type: ignore[no-any-return]
+
+
+def test_servers_go_on_with_the_same_bits(changed: tuple[Path, list[dict[str, Any]]]) -> None:
+    """From their own checkpoint, in the middle of an epoch or after it; the optimizer's state is theirs again."""
+    folder, found = changed
+    for name in ("resumed", "resumed again"):
+        assert not differences(kept([f[name] for f in found]), kept([f["whole"] for f in found]))
+    assert not differences(saved_optimizer(folder / "begun", 7), saved_optimizer(folder / "whole", 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "root"), [("resumed by servers", "begun by workers"), ("resumed by workers", "begun"), ("whole", "whole")]
+)
+def test_who_makes_the_steps_may_change(name: str, root: str, changed: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Workers go on with what servers have begun, and servers with what workers have: to rounding."""
+    folder, found = changed
+    for worker in found:
+        whole = worker["whole, by workers"]
+        assert distance(worker[name]["parameters"], whole["parameters"]) <= ROUNDING
+        assert distance(worker[name]["buffers"], whole["buffers"]) <= ROUNDING
+        assert not differences({k: worker[name][k] for k in LEFT}, {k: whole[k] for k in LEFT})
+    here, there = (saved_optimizer(folder / r)["state"] for r in (root, "whole, by workers"))
+    for number, state in there.items():
+        assert state.keys() == here[number].keys()
+        for key, value in state.items():
+            torch.testing.assert_close(here[number][key], value, rtol=1e-12, atol=1e-14)
+
+
+LEFT = ("lr", "random", "position")
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_another_number_of_servers_goes_on_with_the_same_bits(
+    servers: int, changed: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The optimizer's state is merged in the file, and divided anew."""
+    folder, found = changed
+    shutil.copytree(folder / "begun", tmp_path / "begun")
+    later = dtrain.run(go_on, tmp_path, ["begun"], workers=2, backend="ps", servers=servers, timeout_s=30.0)
+    assert not differences(kept([f["begun"] for f in later]), kept([f["whole"] for f in found]))
+
+
+def test_another_number_of_workers_goes_on_with_the_servers_state(
+    changed: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """To rounding, with optimizers whose state has other shapes than the parameters too; alone as well."""
+    folder, _ = changed
+    names = ["begun, adam", "begun, adafactor"]
+    for name in names:
+        shutil.copytree(folder / name, tmp_path / name)
+    later = dtrain.run(go_on, tmp_path, names, workers=3, backend="ps", servers=3, timeout_s=30.0)
+    for name in names:
+        job = SHARED.but(optimizer=name.split()[1])
+        whole = fit(Solo(), job)
+        alone = fit(Solo(), job.but(root=str(tmp_path / name), resume=True, resume_step=5))
+        for result in [*(worker[name] for worker in later), alone]:
+            assert distance(result["parameters"], whole["parameters"]) <= ROUNDING
+            assert result["position"] == whole["position"]

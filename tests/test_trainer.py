@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import math
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 import dtrain
-from dtrain import checkpoint
+from dtrain import checkpoint, runs
+from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
 from dtrain.data import Loader
@@ -350,7 +353,7 @@ def _overflowing(comm: Any, job: Job) -> list[Any]:
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("update", ["all", "first"])
+@pytest.mark.parametrize("update", ["worker", "first"])
 def test_a_step_that_overflows_is_left_out_on_every_worker(update: str, clip: float | None) -> None:
     """Nobody's weights move, everyone's scale is halved, and the schedule does not count the step.
 
@@ -627,3 +630,148 @@ def test_evaluation_leaves_modes_as_they_were() -> None:
     dtrain.evaluate(model, Points(8), lambda m, b: {"n": m(b[0]).sum()}, Solo())
     assert not model[1].training
     assert model[4].training
+
+
+# -- steps that servers make ------------------------------------------------------------------------------------------
+
+SERVED = Job("plain", count=42, global_batch=8, micro_batch=2, halve_every=4, update="server")
+ASYNCHRONOUS: dict[str, Job] = {
+    "staleness 2": SERVED.with_config(staleness=2),
+    "no bound": SERVED.with_config(staleness=None, damping=True, delay_compensation=0.1),
+    "no bound, by steps": SERVED.with_config(staleness=None, steps=8, epochs=None, clip_grad_norm=0.5),
+    "backup": SERVED.with_config(backup_workers=1),
+    "backup, a stream": SERVED.but(stream=True).with_config(backup_workers=1, steps=9, epochs=None),
+}
+
+
+class Together(Hook):
+    """Whether all workers have the same parameters, wherever somebody may look at them; worker 1 comes late."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, int, Any]] = []
+
+    def _look(self, where: str, state: State) -> None:
+        named = list(state.model.named_parameters())
+        self.found.append((where, state.step, collectives.first_difference(state.comm, named)))
+
+    def on_step(self, state: State) -> None:
+        time.sleep(0.01 * (state.comm.rank == 1))
+
+    def on_epoch(self, state: State) -> None:
+        self._look("epoch", state)
+
+    def on_end(self, state: State) -> None:
+        self._look("end", state)
+
+
+def served(comm: Backend, folder: Path) -> dict[str, Any]:
+    """All that the tests below look at, of one worker."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"norms": fit(comm, NORMS.but(update="server"))}
+    amp = Job("norm", dtype=torch.float32, halve_every=2).with_config(amp="bf16", norm_batch="global")
+    found["amp"] = [fit(comm, amp.but(update=update))["parameters"] for update in ("server", "worker")]
+    found["accumulated"] = fit(comm, Job(micro_batch=1, halve_every=2, update="server"))
+    for name, job in ASYNCHRONOUS.items():
+        together = Together()
+        hooks = (together, Evaluate(Points(5, seed=1), square_sums), Checkpoint(folder / name, every_steps=4))
+        job = job.but(config={"steps": None, "epochs": 2} | job.config)
+        trainer = trainer_of(comm, job, hooks)
+        state = trainer.fit()
+        trainer.replica.check()
+        position = state.step, state.epoch, state.samples
+        found[name] = position, together.found, state.metrics, state.loss, trainer.replica.pushes.staleness
+    for backup in (0, 1):
+        spec = runs.RunSpec(recipe="synthetic", update="server", steps=4, backup_workers=backup, progress=False)
+        found["summary", backup] = runs.train(comm, spec)
+    return found
+
+
+@pytest.fixture(scope="module")
+def by_servers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("served")
+    return dtrain.run(served, folder, workers=3, backend="ps", servers=2, timeout_s=30.0)
+
+
+def test_servers_train_as_one_worker_does(by_servers: list[dict[str, Any]]) -> None:
+    """float64, batch norm over all workers, clipping, accumulation, unequal shares, a schedule."""
+    alone = fit(Solo(), NORMS.but(micro_batch=6))
+    for worker in by_servers:
+        assert distance(worker["norms"]["parameters"], alone["parameters"]) <= ROUNDING
+        assert distance(worker["norms"]["buffers"], alone["buffers"]) <= ROUNDING
+        assert worker["norms"]["loss"] == pytest.approx(alone["loss"], rel=1e-10)
+        assert worker["norms"]["position"] == alone["position"]
+        assert worker["norms"]["optimizer"] == {}
+        assert worker["norms"]["pushes"] == ({0: 9}, 0)
+        assert not differences(worker["norms"]["parameters"], by_servers[0]["norms"]["parameters"])
+    alone = fit(Solo(), Job(halve_every=2))
+    for worker in by_servers:
+        assert distance(worker["accumulated"]["parameters"], alone["parameters"]) <= ROUNDING
+        assert worker["accumulated"]["lr"] == alone["lr"]
+
+
+def test_servers_train_in_mixed_precision(by_servers: list[dict[str, Any]]) -> None:
+    """As workers that step do, to rounding."""
+    for worker in by_servers:
+        assert distance(*worker["amp"]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_everyone_has_the_same_where_somebody_looks(name: str, by_servers: list[dict[str, Any]]) -> None:
+    """After epochs and at the end, also where workers do not wait for each other; scores are the same, too."""
+    job = ASYNCHRONOUS[name]
+    epochs, last = (2, 12) if job.config.get("steps") is None else (1, job.config["steps"])
+    for worker in by_servers:
+        (step, epoch, samples), looked, metrics, loss, staleness = worker[name]
+        assert (step, epoch) == (last, epochs)
+        assert job.stream or samples == by_servers[0][name][0][2]
+        assert looked == [*(("epoch", 6 * (e + 1), None) for e in range(epochs)), ("end", last, None)]
+        assert metrics == by_servers[0][name][2]
+        assert math.isfinite(loss)
+        assert sum(staleness.values()) <= last
+        assert job.stream or samples == 42 * epochs + 8 * (last - 6 * epochs)
+        assert job.config.get("backup_workers") or sum(staleness.values()) == last
+
+
+def test_the_summary_counts_what_servers_keep(by_servers: list[dict[str, Any]]) -> None:
+    """One copy of the optimizer's state instead of one a worker; what was stale, and what was dropped."""
+    first = by_servers[0]["summary", 0]
+    assert first["optimizer_bytes"] > 0
+    assert first["optimizer_bytes_saved"] == 2 * first["optimizer_bytes"]
+    assert first["staleness"] == [{"0": 4}] * 3
+    assert first["dropped_gradients"] == [0] * 3
+    backup = by_servers[0]["summary", 1]
+    assert sum(sum(row.values()) for row in backup["staleness"]) == 8  # two of three make each of 4 steps
+    assert backup["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"amp": "fp16"}, "servers do not scale losses"),
+        ({"norm_batch": "global", "staleness": 1}, "do not wait for each other"),
+        ({"norm_batch": "global", "staleness": None}, "do not wait for each other"),
+        ({"norm_batch": "global", "backup_workers": 1}, "do not wait for each other"),
+        ({"nonfinite": "skip"}, "nonfinite is 'skip'"),
+        ({"update": "worker", "staleness": 1}, "needs update=server"),
+        ({"update": "first", "backup_workers": 1}, "needs update=server"),
+        ({"update": "worker", "damping": True}, "needs update=server"),
+        ({"update": "worker", "delay_compensation": 0.1}, "needs update=server"),
+        ({"update": "elsewhere"}, "update is 'elsewhere': one of worker, first, server"),
+    ],
+)
+def test_configurations_that_servers_cannot_meet(config: dict[str, Any], said: str) -> None:
+    """Are refused when they are written down."""
+    with pytest.raises(UsageError, match=re.escape(said)):
+        dtrain.TrainConfig(**({"steps": 1, "update": "server"} | config))
+
+
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [({"staleness": -1}, "staleness is -1"), ({"backup_workers": 1, "staleness": 2}, "backup_workers is 1")],
+)
+def test_rules_that_servers_cannot_meet(rules: dict[str, Any], said: str) -> None:
+    """Are refused before the model is tied."""
+    with pytest.raises(UsageError, match=said):
+        solo(Job(update="server").with_config(**rules))
+    with pytest.raises(UsageError, match="solo has none"):
+        solo(Job(update="server"))

@@ -35,6 +35,7 @@ class AllReduce:
     """
 
     name = "allreduce"
+    packs = False
 
     def __init__(self, rank: int, world_size: int, *, store: dist.Store | None, timeout_s: float) -> None:
         """Meet the others.

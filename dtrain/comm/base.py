@@ -1,7 +1,7 @@
 """The seam: what a backend must do, and nothing else.
 
 A backend sums flat tensors over workers. Everything above it (gradients, batch-norm statistics, metrics, broadcast,
-barrier) is made of that one verb, so that a new backend is a class of five members.
+barrier) is made of that one verb, so that a new backend is a small class.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ class Backend(Protocol):
     rank: int
     world_size: int
     traffic: Traffic
+    packs: bool
+    """Whether a tensor that lies elsewhere than in what `empty` gives costs a copy: gradients are then laid there, and
+    not sent from where autograd put them."""
 
     def empty(self, numel: int, dtype: torch.dtype, key: str, device: torch.device | str = "cpu") -> Tensor:
         """Uninitialised flat tensor in the memory that this backend sends fastest."""
@@ -88,6 +91,19 @@ class PrimaryHost(Backend, Protocol):
 
     def send_first(self, flat: Tensor, key: str) -> Work:
         """Start to replace everyone's `flat` by worker 0's."""
+
+
+@runtime_checkable
+class Rejoins(Backend, Protocol):
+    """A Backend that a job can go on with after a process was lost and replaced: its calls then raise `Rewound`."""
+
+    epoch: int
+    """How often the job has gone back to its last commit."""
+    incarnation: int
+    """How often this worker has been started again."""
+
+    def rejoin(self, epoch: int) -> None:
+        """Come again, in that epoch or a later one; returns when all workers have."""
 
 
 class Done:

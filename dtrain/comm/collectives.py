@@ -90,9 +90,10 @@ def first_difference(comm: Backend, named: Sequence[tuple[str, Tensor]]) -> tupl
     Each worker sends 8 bytes a tensor. None where all agree.
     """
     sums = [_words(hashlib.sha256(_bytes(t).cpu().numpy().data).digest()[:8])[0] for _, t in named]
-    rows = gather_numbers(comm, sums, "metric/check")
+    rows = gather_numbers(comm, [*sums, 1], "metric/check")
+    here = [rank for rank, row in enumerate(rows) if row[-1]]  # not those that the job goes on without
     for column, (name, _) in enumerate(named):
-        odd = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
+        odd = [rank for rank in here if rows[rank][column] != rows[here[0]][column]]
         if odd:
             return name, odd
     return None

@@ -14,6 +14,7 @@ class Solo:
     name = "solo"
     rank = 0
     world_size = 1
+    packs = False
 
     def __init__(self) -> None:
         self.traffic = Traffic()

@@ -117,6 +117,7 @@ class Threads:
     """A Backend whose workers are threads of one process. Also a PrimaryHost."""
 
     name = "threads"
+    packs = False
 
     def __init__(self, hub: Hub, rank: int, device: torch.device | None = None) -> None:
         self.rank = rank

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
+from dtrain.comm.hosts import Hosted, HostedBucket, ParameterHost, ServerUpdate, StepReport
 
 
 class Meter:
@@ -24,6 +27,7 @@ class Meter:
         self.name = inner.name
         self.rank = inner.rank
         self.world_size = inner.world_size
+        self.packs = inner.packs
         self.blocked_s = 0.0
         self.precise = False
 
@@ -43,6 +47,15 @@ class Meter:
 
     def close(self) -> None:
         self.inner.close()
+
+    @contextlib.contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Count the time inside."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.blocked_s += time.perf_counter() - start_s
 
     def _timed(self, start: Callable[[Tensor, str], Work], flat: Tensor, key: str) -> Work:
         start_s = time.perf_counter()
@@ -66,11 +79,61 @@ class PrimaryMeter(Meter):
         return self._timed(self._primary.send_first, flat, key)
 
 
+class HostMeter(Meter):
+    """The same around a ParameterHost."""
+
+    def __init__(self, inner: ParameterHost) -> None:
+        super().__init__(inner)
+        self._host = inner
+
+    def host(
+        self, buckets: Sequence[HostedBucket], model: Sequence[tuple[str, Parameter]], update: ServerUpdate
+    ) -> Hosted:
+        return _TimedHosted(self, self._host.host(buckets, model, update))
+
+
 def metered(comm: Backend) -> Meter:
     """A meter around a backend, with the same abilities."""
     if isinstance(comm, Meter):
         return comm
+    if isinstance(comm, ParameterHost):
+        return HostMeter(comm)
     return PrimaryMeter(comm) if isinstance(comm, PrimaryHost) else Meter(comm)
+
+
+class _TimedHosted:
+    """Parameters that servers keep, and the time that a worker spends blocked on them."""
+
+    def __init__(self, meter: Meter, inner: Hosted) -> None:
+        self._meter = meter
+        self._inner = inner
+        self.begin = inner.begin
+        self.refresh = inner.refresh
+        self.optimizer_state = inner.optimizer_state
+        self.restore = inner.restore
+        self.state_bytes = inner.state_bytes
+        self.table = inner.table
+        self.close = inner.close
+
+    @property
+    def steps(self) -> int:
+        return self._inner.steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._inner.steps = value
+
+    def push(self, bucket: int, present: Sequence[bool]) -> None:
+        with self._meter.blocked():
+            self._inner.push(bucket, present)
+
+    def finish(self, factor: float = 1.0) -> None:
+        with self._meter.blocked():
+            self._inner.finish(factor)
+
+    def pull(self) -> StepReport:
+        with self._meter.blocked():
+            return self._inner.pull()
 
 
 class _Timed:

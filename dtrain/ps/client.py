@@ -1,8 +1,4 @@
-"""The worker's end of the parameter server: a Backend that sends its tensors to the server and gets the sum back.
-
-There is no thread of ours here. libzmq's own thread sends and receives while the worker computes; `wait` copies what
-has arrived into place.
-"""
+"""The worker's end of the parameter server: a Backend whose tensors are summed by servers, each a part of them."""
 
 from __future__ import annotations
 
@@ -10,144 +6,435 @@ import atexit
 import contextlib
 import logging
 import os
-import socket as net
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import zmq
 from torch import Tensor
+from torch.nn import Parameter
 
+from dtrain.comm import collectives
 from dtrain.comm.base import Traffic, Work, check_flat
-from dtrain.errors import CommError, ConnectError, ProtocolError, UsageError
-from dtrain.ps import sockets, wire
-from dtrain.ps.server import error_of
+from dtrain.comm.hosts import HostedBucket, ServerUpdate
+from dtrain.errors import CommError, ConnectError, Preempted, ProtocolError, Rewound, UsageError
+from dtrain.ps import board, sockets, wire
+from dtrain.ps import lanes as lanes_
+from dtrain.ps.hosting import Hosting
+from dtrain.ps.link import Joining, Link
+from dtrain.ps.memory import Buffers, Place, Staging, bytes_as, size_class
+from dtrain.ps.placement import Range, split_even
+from dtrain.ps.staging import DeviceCopy, pinned
+from dtrain.ps.wire import Answer
 
 log = logging.getLogger(__name__)
 
-_ZERO_COPY_BYTES = 64 * 2**10
 _MARGIN_S = 5.0
+_EAGER_LOOKS = 200
+_PATIENCE_S = 0.1
+"""How long a worker waits at the board before it tells a server, who then sees to it that somebody comes."""
+_STAGED_BYTES = 16 * 2**10
+"""From this size on, a tensor that lies elsewhere is copied into shared memory rather than sent."""
 
 
 class ParameterServer:
-    """A Backend over one synchronous parameter server. Sums are added in worker order: bitwise repeatable."""
+    """A Backend over parameter servers. Sums are added in worker order: bitwise repeatable, for any number of servers.
+
+    On one host the bytes go through shared memory, and `empty` gives tensors that need no copy.
+    """
 
     name = "ps"
+    packs = True
 
     def __init__(
         self,
-        address: str,
+        addresses: str | Sequence[str],
         rank: int,
         world_size: int,
         *,
         job_id: str = "",
+        incarnation: int = 0,
         timeout_s: float = 60.0,
         connect_timeout_s: float = 30.0,
+        lanes: str = "auto",
+        keys: Path | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         """Join the job; returns when all workers have.
 
         Args:
-            address: where the server listens.
-            timeout_s: longest wait for another worker, as the server was told too.
-            connect_timeout_s: longest wait for the server and the other workers here.
+            addresses: where the servers listen, in the order of their numbers; one, or several with commas between.
+            incarnation: how often this worker has been started again.
+            timeout_s: longest wait for another worker, as the servers were told too.
+            connect_timeout_s: longest wait for the servers and the other workers here.
+            lanes: `auto`: shared memory where both ends see the same; `off`: sockets only.
+            keys: directory of CURVE keys, see `dtrain keys`.
             on_close: what else is to be ended with this connection.
 
         Raises:
-            ConnectError: nobody answers at the address, or some workers have not come in time.
+            ConnectError: nobody answers at an address, or some workers have not come in time.
             ProtocolError: something else answers.
-            UsageError: the server was started for another world size, or the rank is taken.
+            KeyRefused: the keys do not fit together.
+            UsageError: a server was started for another world size, or the rank is taken.
         """
+        if lanes not in ("auto", "off"):
+            raise UsageError(f"lanes is {lanes!r}: `auto` or `off`")
         self.rank = rank
         self.world_size = world_size
+        self.incarnation = incarnation
         self.traffic = Traffic()
-        self.address = sockets.check_address(address, insecure_no_encryption=True)
-        if address.startswith("tcp://") and address.endswith(":0"):
-            raise UsageError(f"server address is {address!r}: give the port that the server says it listens at")
-        # The server looks after late workers and names them; this side's limit is for a server that has gone silent.
+        self.addresses = addresses.split(",") if isinstance(addresses, str) else list(addresses)
+        for address in self.addresses:
+            sockets.check_address(address, insecure_no_encryption=True)
+            if address.startswith("tcp://") and address.endswith(":0"):
+                raise UsageError(f"server address is {address!r}: give the port that the server says it listens at")
+        # The servers look after late workers and name them; this side's limit is for a server that has gone silent.
         self._timeout_s = timeout_s + _MARGIN_S
-        self._checksums = address.startswith("tcp://")
-        self._calls: Counter[str] = Counter()
-        self._awaited: dict[tuple[str, int, int], tuple[_Transfer, Tensor]] = {}
+        self._joining = Joining(
+            job_id=job_id,
+            rank=rank,
+            world_size=world_size,
+            num_servers=len(self.addresses),
+            incarnation=incarnation,
+            connect_timeout_s=connect_timeout_s,
+            lanes=lanes == "auto",
+            keys=keys,
+        )
         self._lock = threading.RLock()  # hooks of CUDA models run in the engine's thread
-        self._failure: Exception | None = None
         self._on_close = on_close
-        self._context: zmq.Context[zmq.Socket[bytes]] | None = zmq.Context()
-        self._server = f"the server at {address}"
-        self._socket = sockets.make(self._context, zmq.DEALER)
-        self._watch = sockets.Watch(self._socket, address)
-        self._welcomed = False
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._closed = False
+        self._cuts: dict[tuple[str, int, int], list[Range]] = {}
+        self.links: list[Link] = []
+        self._board: board.Board | None = None
+        self.epoch = 0
+        self._mended = False  # whether a lost server is replaced, as servers have said
+        self._reset()
         atexit.register(self._close_at_exit)
         try:
-            self._socket.connect(address)
-            self._watch.await_handshake(connect_timeout_s)
-            patience_ms = int(min(connect_timeout_s, 1e6) * 1000)
-            hello = wire.Hello(job_id, rank, world_size, net.gethostname(), os.getpid(), patience_ms)
-            self._socket.send(wire.encode(hello))
-            self._await_welcome(connect_timeout_s + _MARGIN_S)
+            self._join()
         except BaseException:
             self.close()
             raise
 
+    # -- the seam -----------------------------------------------------------------------------------------------------
+
+    @property
+    def shares(self) -> bool:
+        """Whether tensors reach all servers through shared memory."""
+        return all(link.shares for link in self.links)
+
+    @property
+    def on_loss(self) -> str:
+        """What the servers do when a worker is lost."""
+        welcome = self.links[0].welcome
+        return "fail" if welcome is None else welcome.on_loss
+
     def empty(self, numel: int, dtype: torch.dtype, key: str, device: torch.device | str = "cpu") -> Tensor:
+        device = torch.device(device)
+        if device.type == "cpu" and numel:
+            with self._lock:
+                self.check()
+                made = self.shared_bytes(numel * dtype.itemsize)
+            if made is not None:
+                return bytes_as(made, dtype, numel)
         return torch.empty(numel, dtype=dtype, device=device)
 
     def all_reduce(self, flat: Tensor, key: str) -> Work:
         check_flat(flat, key)
         with self._lock:
-            self._check()
+            self.check()
+            if self._board is not None and flat.nbytes <= board.MOST_BYTES and flat.device.type == "cpu" and len(flat):
+                return self._show(self._board, flat, key)
             call, self._calls[key] = self._calls[key], self._calls[key] + 1
-            host = flat if flat.device.type == "cpu" else flat.to("cpu")
-            transfer = _Transfer(self, flat, host, key)
-            dtype = str(flat.dtype).removeprefix("torch.")
-            for number, part in enumerate(wire.parts_of(host)):
-                payload = wire.bytes_of(part)
-                crc = wire.checksum_of(payload) if self._checksums else 0
-                self._awaited[key, call, number] = (transfer, part)
-                transfer.missing += 1
-                self._socket.send(wire.encode(wire.Add(key, call, number, dtype, crc)), zmq.SNDMORE)
-                self._socket.send(payload, 0, copy=len(payload) < _ZERO_COPY_BYTES)
-                self.traffic.count(key, len(payload), len(payload))
-            self._receive()
+            transfer = _Transfer(self, key)
+            if flat.device.type != "cpu":
+                self._start_from_device(flat, key, call, transfer)
+            else:
+                self._start(flat, key, call, transfer)
+            self._push_device_copies()
+            for link in self.links:
+                link.receive()
             return transfer
 
     def close(self) -> None:
-        """Tell the server and leave. An error that ends the program is passed on to the other workers."""
+        """Tell the servers and leave. An error that ends the program is passed on to the other workers."""
         self._leave(sys.exc_info()[1])
 
-    def _close_at_exit(self) -> None:
-        self._leave(getattr(sys, "last_value", None))  # what ended the program, if an error did
+    def rejoin(self, epoch: int = 0) -> None:
+        """Come again after `Rewound`, in that epoch or a later one; returns when all workers have.
 
-    def _leave(self, error: BaseException | None) -> None:
-        context, self._context = self._context, None
-        if context is None:
-            return
-        atexit.unregister(self._close_at_exit)
-        reason = "" if error is None or isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
-        self._awaited.clear()
-        says_bye = self._failure is None and self._watch.connected
-        if says_bye:
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.send(wire.encode(wire.Bye(wire.fitting(reason, 1000))), zmq.NOBLOCK)
-        self._socket.disable_monitor()
-        self._watch.monitor.close(linger=0)
-        self._socket.close(linger=1000 if says_bye else 0)
-        context.term()
-        if self._on_close is not None:
-            self._on_close()
+        What `empty` gave before still works, but is copied; take new buffers.
+        """
+        with self._lock:
+            self._drop_links(bye=None)
+            self._reset()
+            self.epoch = max(epoch, self.epoch)
+            self._join()
 
-    def progress(self, missing: _Transfer) -> None:
-        """Receive until `missing` has all its parts."""
+    # -- for what is built on it --------------------------------------------------------------------------------------
+
+    def shared_bytes(self, nbytes: int) -> Tensor | None:
+        """New shared memory that all servers have mapped; None where there is none."""
+        if any(link.failed for link in self.links):
+            return None  # somebody would be asked to map what is gone before it is mapped
+        self._free_unused()
+        if not self.shares or (made := self._buffers.make(nbytes)) is None:
+            return None
+        number, segment, data = made
+        waiting = set(range(len(self.links)))
+        try:
+            for link in self.links:
+                take = _Countdown(waiting, link.server)
+                link.ask(wire.Share, number, segment.name, nbytes, take=take)
+            self.progress(lambda: not waiting, "shared memory")
+        finally:
+            segment.unlink()
+        return data
+
+    def find(self, flat: Tensor) -> Place | None:
+        """Where a flat tensor lies in shared memory, if it does."""
+        return self._buffers.find(flat)
+
+    def on_host(self, flat: Tensor, key: str, then: Callable[[Tensor], None]) -> None:
+        """Call `then` with the tensor as the host has it: at once, or when a device has copied it."""
+        with self._lock:
+            self.check()
+            if flat.device.type == "cpu":
+                then(flat)
+            else:
+                copy = DeviceCopy(flat, host := self.host_twin(flat, key))
+                self._device_copies.append((copy, lambda: then(host)))
+                self._push_device_copies()
+
+    def host_twin(self, flat: Tensor, key: str) -> Tensor:
+        """The tensor itself, or for one of a device its twin in the host's memory, always the same."""
+        if flat.device.type == "cpu":
+            return flat
+        known = (key, flat.numel(), flat.dtype)
+        host = self._host_twins.get(known)
+        if host is None:
+            host = self._host_twins[known] = pinned(self.empty(flat.numel(), flat.dtype, key))
+        return host
+
+    def flush(self) -> None:
+        """Send everything that devices still copy."""
+        self.progress(lambda: not self._device_copies, "a device's copies")
+
+    def host(
+        self, buckets: Sequence[HostedBucket], model: Sequence[tuple[str, Parameter]], update: ServerUpdate
+    ) -> Hosting:
+        return Hosting(self, buckets, model, update)
+
+    def await_credit(self, link: Link, what: str) -> None:
+        """Return when the server takes more from this worker."""
+        if not link.has_credit:
+            self.progress(lambda: link.has_credit, what)
+
+    def progress(self, done: Callable[[], bool], what: str) -> None:
+        """Take what comes until `done`.
+
+        Raises:
+            DtrainError: the job has failed, or a server is gone or silent.
+        """
+        if self._closed:
+            self.check()
         deadline = time.monotonic() + self._timeout_s
         with self._lock:
-            self._check()
-            while missing.missing:
-                if not self._receive() and not self._block(deadline, missing.key):
-                    silent = f"{self._server} is silent for {self._timeout_s:g} s ({missing.key})"
-                    self._fail(CommError(f"worker {self.rank}: {silent}"))
+            while not done():
+                self._push_device_copies()
+                came = [link.receive() for link in self.links]
+                if any(came):
+                    deadline = time.monotonic() + self._timeout_s
+                elif not done() and not self._block(deadline, what):
+                    silent = f"{', '.join(map(str, self.links))} silent for {self._timeout_s:g} s ({what})"
+                    self.links[0].fail(CommError(f"worker {self.rank}: {silent}"))
+
+    def check(self) -> None:
+        """Raise if this backend was closed."""
+        if self._closed:
+            raise CommError(f"worker {self.rank}: this backend was closed")
+
+    # -- small sums, without a server ---------------------------------------------------------------------------------
+
+    def _set_up_board(self) -> None:
+        """Share a board with all workers, if they all see the same memory; it goes when the last of them does."""
+        made: lanes_.Segment | None = None
+        size = board.nbytes(self.world_size)
+        wanted = self.shares and board.possible() and self.on_loss != "drop" and self.world_size > 1
+        if self.rank == 0 and wanted:
+            with contextlib.suppress(lanes_.NoRoom):
+                made = lanes_.Segment.create(size)
+        try:
+            name = collectives.gather_bytes(self, made.name.encode() if made else b"", "metric/board")[0].decode()
+            if name and wanted and self.rank > 0:
+                with contextlib.suppress(ProtocolError):
+                    made = lanes_.Segment.open(name, size)
+            seen = collectives.gather_numbers(self, [made is not None], "metric/board")
+        finally:
+            if made is not None and self.rank == 0:
+                made.unlink()
+        if made is not None and all(row[0] for row in seen):
+            self._board = board.Board(made.bytes, self.rank, self.world_size)
+        self.traffic.sent.clear()
+        self.traffic.received.clear()
+        self._calls.clear()
+
+    def _show(self, on: board.Board, flat: Tensor, key: str) -> Work:
+        if not on.has_room(key):
+            self._watch_board(lambda: on.has_room(key), key, 0, list)
+        self.traffic.count(key, flat.nbytes, flat.nbytes)
+        return _Shown(self, on, on.post(flat, key))
+
+    def finish_shown(self, on: board.Board, post: board.Post) -> None:
+        """Return when a tensor on the board has been summed."""
+        self._watch_board(lambda: on.advance(post), post.key, post.number, lambda: on.missing(post))
+
+    def _watch_board(self, done: Callable[[], bool], key: str, call: int, missing: Callable[[], list[int]]) -> None:
+        """Look at the board until `done`, often at first; and at the servers, who know of what goes wrong."""
+        start = time.monotonic()
+        told = False
+        looks = 0
+        with self._lock:
+            self.check()
+            while not done():
+                looks += 1
+                if looks <= _EAGER_LOOKS:
+                    os.sched_yield()
+                    continue
+                waited_s = time.monotonic() - start
+                time.sleep(0.0 if waited_s < 0.0005 else min(0.001, waited_s / 20))
+                if looks % 16 == 0:
+                    now = time.monotonic()
+                    for link in self.links:
+                        link.receive()
+                        link.look(now, key)
+                if not told and waited_s > _PATIENCE_S:
+                    told = True
+                    self.links[0].ask(wire.Await, key, call, wire.pack_ranks(missing()), take=_ignore)
+            if told:
+                self.links[0].ask(wire.Resume, take=_ignore)
+
+    # -- transfers ----------------------------------------------------------------------------------------------------
+
+    def _start(self, flat: Tensor, key: str, call: int, transfer: _Transfer) -> None:
+        """Send a tensor of the processor's memory on its way; the sum comes back into it."""
+        place = self._buffers.find(flat)
+        source = flat
+        if place is None and self.shares and flat.nbytes >= _STAGED_BYTES:
+            staged = self._stage(flat)
+            if staged is not None:
+                data, source = staged
+                place = self._buffers.find(source)
+                transfer.staged = (data, source, flat)
+        dtype = str(flat.dtype).removeprefix("torch.")
+        itemsize = flat.element_size()
+        for range_ in self._cut(flat, key):
+            link = self.links[range_.server]
+            part = source[range_.start : range_.stop]
+            transfer.missing += 1
+            if place is not None and link.shares:
+                where = (place.segment, place.offset + range_.start * itemsize, part.numel())
+                link.ask(wire.AddShared, key, call, 0, dtype, *where, take=transfer.is_done)
+                continue
+            pieces = wire.parts_of(part)
+            transfer.missing += len(pieces) - 1
+            for number, piece in enumerate(pieces):
+                self.await_credit(link, key)
+                link.ask(wire.Add, key, call, number, dtype, take=_Into(piece, transfer), payload=piece)
+        self.traffic.count(key, flat.nbytes, flat.nbytes)
+
+    def _start_from_device(self, flat: Tensor, key: str, call: int, transfer: _Transfer) -> None:
+        """The same for a tensor of a device: it is copied to pinned memory while the device computes on."""
+        host = self.host_twin(flat, key)
+        transfer.device = DeviceCopy(flat, host)
+        transfer.missing += 1  # until it has been sent
+
+        def go() -> None:
+            self._start(host, key, call, transfer)
+            transfer.missing -= 1
+
+        self._device_copies.append((transfer.device, go))
+
+    def _push_device_copies(self) -> None:
+        """Send what devices have finished copying, in order."""
+        while self._device_copies and self._device_copies[0][0].arrived():
+            self._device_copies.popleft()[1]()
+
+    def _stage(self, flat: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(buffer, the tensor's copy in it), if there is room."""
+        data = self._staging.take(flat.nbytes)
+        if data is None:
+            data = self.shared_bytes(size_class(flat.nbytes))
+        if data is None:
+            return None
+        copy = bytes_as(data, flat.dtype, flat.numel())
+        copy.copy_(flat)
+        return data, copy
+
+    def give_back(self, data: Tensor) -> None:
+        """A staging buffer is free again."""
+        self._staging.give_back(data)
+
+    def _cut(self, flat: Tensor, key: str) -> list[Range]:
+        """Which server sums which part."""
+        known = (key, flat.numel(), flat.element_size())
+        cut = self._cuts.get(known)
+        if cut is None:
+            cut = split_even(flat.numel(), flat.element_size(), len(self.links), zlib.crc32(key.encode()))
+            self._cuts[known] = cut
+        return cut
+
+    # -- the connections ----------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        self._board = None
+        self._calls: Counter[str] = Counter()
+        self._buffers = Buffers()
+        self._staging = Staging()
+        self._host_twins: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self._device_copies: deque[tuple[DeviceCopy, Callable[[], None]]] = deque()
+
+    def _join(self) -> None:
+        """Say Hello to all servers, in the newest epoch that any of them knows, until all workers are there."""
+        deadline = time.monotonic() + self._joining.connect_timeout_s + _MARGIN_S
+        while True:
+            try:
+                self._join_once(deadline)
+                return
+            except Rewound as rewound:
+                if time.monotonic() > deadline:
+                    raise
+                self.epoch = max(self.epoch, rewound.epoch)
+                self._drop_links(bye=None)
+                self._reset()
+
+    def _join_once(self, deadline: float) -> None:
+        self._context = zmq.Context(io_threads=min(4, len(self.addresses)))
+        for server, address in enumerate(self.addresses):
+            next_epoch = self.epoch + 1 if self._mended else 0
+            self.links.append(Link(self._context, address, server, self._joining, rewinds_to=next_epoch))
+        for link in self.links:
+            link.say_hello(self.epoch)
+        while not all(link.welcome for link in self.links):
+            came = [link.receive() for link in self.links]
+            if not any(came) and not self._block(deadline, "the other workers"):
+                for link in self.links:
+                    if link.welcome is None and link.damaged:
+                        raise ProtocolError(f"{link} is not dtrain's, or the network damages all: no answer is legible")
+                silent = [str(link) for link in self.links if link.welcome is None]
+                waited = f"{self._joining.connect_timeout_s + _MARGIN_S:g} s"
+                raise ConnectError(f"worker {self.rank}: {', '.join(silent)} said nothing for {waited}")
+        self._mended = self.on_loss == "wait"
+        if self._mended:
+            for link in self.links:
+                link.rewinds_to = self.epoch + 1
+        self._set_up_board()
 
     def _block(self, deadline: float, what: str) -> bool:
         """Wait for a message or for trouble; whether there was still time."""
@@ -155,79 +442,114 @@ class ParameterServer:
         if left_s <= 0:
             return False
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._watch.monitor, zmq.POLLIN)
-        ready = dict(poller.poll(int(min(left_s, 1.0) * 1000) + 1))
-        if self._socket not in ready and self._watch.monitor in ready and self._watch.disconnected():
-            self._receive()  # what came before the end, the reason for it perhaps
-            self._fail(CommError(f"worker {self.rank}: {self._server} is gone while this worker waited for {what}"))
+        for link in self.links:
+            poller.register(link.socket, zmq.POLLIN)
+            poller.register(link.watch.monitor, zmq.POLLIN)
+        wait_s = 0.0005 if self._device_copies else min(left_s, 0.5)
+        ready = dict(poller.poll(int(wait_s * 1000) + 1))
+        if any(link.socket in ready for link in self.links):
+            return True
+        now = time.monotonic()
+        for link in self.links:
+            link.look(now, what)
         return True
 
-    def _await_welcome(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not self._welcomed:
-            if not self._receive() and not self._block(deadline, "the other workers"):
-                self._fail(ConnectError(f"worker {self.rank}: {self._server} said nothing for {timeout_s:g} s"))
+    def _free_unused(self) -> None:
+        for number in self._buffers.unused():
+            for link in self.links:
+                if link.shares:
+                    link.ask(wire.Unshare, number, take=_ignore)
 
-    def _receive(self) -> bool:
-        """Take everything that has arrived; whether anything had."""
-        found = False
-        while True:
-            try:
-                header, *payload = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return found
-            found = True
-            try:
-                self._handle(wire.decode(header.bytes), payload)
-            except ProtocolError as error:
-                self._fail(error if error is self._failure else ProtocolError(f"{self._server} sent {error}"))
+    def _close_at_exit(self) -> None:
+        self._leave(getattr(sys, "last_value", None))  # what ended the program, if an error did
 
-    def _handle(self, message: wire.Message, payload: list[zmq.Frame]) -> None:
-        if isinstance(message, wire.Sum) and len(payload) == 1:
-            self._take(message, payload[0])
-        elif isinstance(message, wire.Welcome):
-            self._welcomed = True
-            self._server = f"the server at {self.address} (pid {message.pid} on {message.host})"
-        elif isinstance(message, wire.Failed):
-            self._fail(error_of(message.kind, f"worker {self.rank}: {message.text}"))
-        elif not isinstance(message, wire.Ping):
-            raise ProtocolError(f"{type(message).__name__} with {len(payload)} payloads")
+    def _leave(self, error: BaseException | None) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._close_at_exit)
+        bye = "" if error is None or isinstance(error, SystemExit | Preempted) else f"{type(error).__name__}: {error}"
+        self._drop_links(bye)
+        self._reset()
+        if self._on_close is not None:
+            self._on_close()
 
-    def _take(self, message: wire.Sum, payload: zmq.Frame) -> None:
-        transfer, part = self._awaited.pop((message.key, message.call, message.part), (None, None))
-        if transfer is None or part is None:
-            raise ProtocolError(f"a sum nobody waits for: {message.key!r:.80}, round {message.call}")
-        came = wire.tensor_of(payload.buffer, str(part.dtype).removeprefix("torch."), message.checksum)
-        if came.numel() != part.numel():
-            raise ProtocolError(f"{came.numel()} numbers for {message.key}, which has {part.numel()}")
-        part.copy_(came)
-        transfer.missing -= 1
+    def _drop_links(self, bye: str | None) -> None:
+        links, self.links = self.links, []
+        context, self._context = self._context, None
+        for link in links:
+            link.close(bye)
+        if context is not None:
+            context.term()
 
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._context is None:
-            raise CommError(f"worker {self.rank}: this backend was closed")
 
-    def _fail(self, error: Exception) -> None:
-        self._failure = error
-        raise error
+class _Shown:
+    """A small tensor on the board."""
+
+    def __init__(self, comm: ParameterServer, on: board.Board, post: board.Post) -> None:
+        self._comm = comm
+        self._on = on
+        self._post = post
+
+    def wait(self) -> None:
+        if not self._post.done:
+            self._comm.finish_shown(self._on, self._post)
 
 
 class _Transfer:
     """One tensor under way; done when no part is missing."""
 
-    def __init__(self, comm: ParameterServer, flat: Tensor, host: Tensor, key: str) -> None:
+    def __init__(self, comm: ParameterServer, key: str) -> None:
         self._comm = comm
-        self._flat = flat
-        self._host = host
         self.key = key
         self.missing = 0
+        self.staged: tuple[Tensor, Tensor, Tensor] | None = None  # buffer, copy in it, where the sum belongs
+        self.device: DeviceCopy | None = None
 
     def wait(self) -> None:
         if self.missing:
-            self._comm.progress(self)
-        if self._host is not self._flat:
-            self._flat.copy_(self._host)
-            self._host = self._flat
+            self._comm.progress(lambda: not self.missing, self.key)
+        if self.device is not None:
+            self.device.bring_back()
+            self.device = None
+
+    def is_done(self, answer: Answer, payload: memoryview | None) -> None:
+        """A part of it has been summed."""
+        self.missing -= 1
+        if not self.missing and self.staged is not None:
+            data, copy, flat = self.staged
+            self.staged = None
+            flat.copy_(copy)
+            self._comm.give_back(data)
+
+
+class _Into:
+    """Takes a sum that came by the socket."""
+
+    def __init__(self, part: Tensor, transfer: _Transfer) -> None:
+        self._part = part
+        self._transfer = transfer
+
+    def __call__(self, answer: Answer, payload: memoryview | None) -> None:
+        if payload is None:
+            raise ProtocolError(f"{type(answer).__name__} for {self._transfer.key}, without its payload")
+        came = wire.tensor_of(payload, str(self._part.dtype).removeprefix("torch."))
+        if came.numel() != self._part.numel():
+            raise ProtocolError(f"{came.numel()} numbers for {self._transfer.key}, not {self._part.numel()}")
+        self._part.copy_(came)
+        self._transfer.is_done(answer, None)
+
+
+class _Countdown:
+    """Crosses a server off."""
+
+    def __init__(self, waiting: set[int], server: int) -> None:
+        self._waiting = waiting
+        self._server = server
+
+    def __call__(self, answer: Answer, payload: memoryview | None) -> None:
+        self._waiting.discard(self._server)
+
+
+def _ignore(answer: Answer, payload: memoryview | None) -> None:
+    """The answer says nothing new."""

@@ -1,4 +1,4 @@
-"""The server's process: a ZeroMQ ROUTER around `Rounds`."""
+"""The server's process: a ZeroMQ ROUTER and some threads around `Shard`."""
 
 from __future__ import annotations
 
@@ -7,65 +7,105 @@ import logging
 import os
 import socket as net
 import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlparse
 
+import psutil
+import torch
 import zmq
+from torch import Tensor
 
-from dtrain.errors import CommError, ConnectError, DtrainError, LayoutError, ProtocolError, UsageError
-from dtrain.ps import sockets, wire
-from dtrain.ps.rounds import Rounds, Send, Session
+from dtrain.errors import CommError, DtrainError, ProtocolError, UsageError
+from dtrain.processes import cores
+from dtrain.ps import lanes, metrics, sockets, store, wire
+from dtrain.ps.holder import Holder, total
+from dtrain.ps.link import error_of
+from dtrain.ps.listener import Listener
+from dtrain.ps.members import Send, Session, Terms
+from dtrain.ps.shard import Effect, Forget, Map, Shard, SumUp
+from dtrain.ps.sums import Reduction
+from dtrain.ps.tasks import Pool, Task
+from dtrain.ps.wire import Done, Sum
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25
 _PING_S = 1.0
 _LAST_WORDS_S = 2.0
+_SLICE_S = 0.002
+"""How long the server works on sums between two looks at its socket."""
+_AT_ONCE_BYTES = 64 * 2**10
+_MOST_AT_ONCE = 256
+_SEND_QUEUE = 4096
+"""Messages that may wait for a peer that does not read."""
+_RECEIVE_QUEUE = 16_384
+"""Messages of one peer that may wait here; what it sends beyond waits on its side."""
+
+
+@dataclass
+class _Job:
+    """Work for the threads, and what follows when it is done."""
+
+    start: Callable[[], Task]
+    then: Callable[[], None]
+    task: Task | None = None
 
 
 class Server:
-    """One synchronous server: adds what workers send, in worker order, and answers with the sum."""
+    """One server: adds what workers send, in worker order, and answers with the sum; or updates parameters itself."""
 
     def __init__(
         self,
         address: str,
-        world_size: int,
+        terms: Terms | Callable[[str], Terms],
         *,
-        job_id: str = "",
-        timeout_s: float = 60.0,
-        connect_timeout_s: float = 60.0,
+        threads: int | None = None,
+        keys: Path | None = None,
         insecure_no_encryption: bool = False,
     ) -> None:
         """Bind.
 
         Args:
             address: `ipc:///path` or `tcp://host:port`; port 0 takes a free one, see `address` afterwards.
-            timeout_s: how long a round waits for its last worker.
-            connect_timeout_s: how long to wait for all workers to join.
+            terms: what it is told; or what gives them, called with the address at which it listens by then.
+            threads: that work on sums; by default all cores that this process may use, shared out between servers.
+            keys: directory of CURVE keys, see `dtrain keys`; None: no encryption.
 
         Raises:
             UsageError: the address cannot be used or is taken.
         """
-        sockets.check_address(address, insecure_no_encryption=insecure_no_encryption)
-        _check_free(address)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._router = sockets.make(self._context, zmq.ROUTER)
-        try:
-            self._router.bind(address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise UsageError(f"cannot listen at {address}: {error.strerror}") from error
-        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._checksums = self.address.startswith("tcp://")
-        self._rounds = Rounds(
-            world_size,
-            job_id=job_id,
-            host=net.gethostname(),
-            pid=os.getpid(),
-            timeout_s=timeout_s,
-            connect_timeout_s=connect_timeout_s,
-            now=time.monotonic(),
+        self._listener = Listener(
+            address,
+            keys=keys,
+            insecure_no_encryption=insecure_no_encryption,
+            send_queue=_SEND_QUEUE,
+            receive_queue=_RECEIVE_QUEUE,
         )
+        self._router = self._listener.router
+        self.address = self._listener.address
+        if not isinstance(terms, Terms):
+            try:
+                terms = terms(self.address)
+            except BaseException:
+                self._listener.close()
+                raise
+        over_network = self.address.startswith("tcp://")
+        self._checksums = over_network
+        grace_s = sockets.GRACE_S if over_network else 0.0
+        terms = replace(terms, host=net.gethostname(), pid=os.getpid(), grace_s=grace_s)
+        self.terms = terms
+        self._shard = Shard(terms, time.monotonic())
+        self._pool = Pool(threads or max(1, cores() // terms.num_servers))
+        self._holder: Holder | None = None
+        self._segments: dict[tuple[Session, int], lanes.Segment] = {}
+        self._jobs: deque[_Job] = deque()
+        self._saved: dict[int, bytes] = {}
+        self._strangers = 0
+        self._counts: Counter[str] = Counter()
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serve until all workers have left.
@@ -73,42 +113,54 @@ class Server:
         Raises:
             DtrainError: the job failed; the workers have been told the same.
         """
+        torch.set_num_threads(1)  # the pool's threads each do their own piece
         ping_at = tick_at = 0.0
         end_at = float("inf")
-        while not self._rounds.finished and time.monotonic() < end_at:
-            if self._router.poll(int(_TICK_S * 1000)):
+        members = self._shard.members
+        while not members.finished and time.monotonic() < end_at:
+            if self._router.poll(0 if self._jobs else int(_TICK_S * 1000)):
                 self._drain()
+            self._work()
             now = time.monotonic()
             if now >= tick_at:
-                self._send(self._rounds.tick(now))
+                self._act(self._shard.tick(now))
                 tick_at = now + _TICK_S
-            if now >= ping_at and not self._rounds.failed:
-                self._send([Send(session, wire.Ping()) for session in self._rounds.sessions])
+            if now >= ping_at and not members.failed:
+                self._act([Send(m.session, wire.Ping()) for m in members.present])
                 ping_at = now + _PING_S
-            if self._rounds.failed and end_at == float("inf"):
+            if members.failed and end_at == float("inf"):
                 end_at = now + _LAST_WORDS_S
-        if self._rounds.failed:
-            raise _as_error(self._rounds.failed)
+        if members.failed:
+            raise error_of(members.failed.kind, members.failed.text)
+
+    def figures(self) -> dict[str, float]:
+        """What `ps.metrics` tells; may be called from another thread."""
+        members, held = self._shard.members, self._shard.store
+        now = {"workers": len(members.present), "epoch": members.epoch, "waiting_tasks": len(self._jobs)}
+        steps = 0 if held is None else held.version
+        return {**now, "steps": steps, **{n: self._counts[n] for n in metrics.MEANINGS if n not in (*now, "steps")}}
 
     def close(self) -> None:
         """Close the socket and remove its file."""
-        self._context.destroy(linger=200)
-        url = urlparse(self.address)
-        if url.scheme == "ipc":
-            with contextlib.suppress(OSError):
-                Path(url.path).unlink()
+        self._pool.close()
+        self._jobs.clear()
+        self._segments.clear()
+        self._listener.close()
 
     def _drain(self) -> None:
-        """Take what has arrived, up to a bound, so that time-outs keep being looked at."""
-        for _ in range(1000):
+        """Take what has arrived, up to a bound, so that work and time-outs keep being looked at."""
+        deadline = time.monotonic() + _SLICE_S
+        for _ in range(_MOST_AT_ONCE):
+            if self._jobs and time.monotonic() > deadline:
+                return
             try:
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            session = frames[0].bytes
-            self._send(self._handle(session, frames[1:]))
+            self._act(self._handle(frames[0].bytes, frames[1:]))
 
-    def _handle(self, session: Session, frames: list[zmq.Frame]) -> list[Send]:
+    def _handle(self, session: Session, frames: list[zmq.Frame]) -> Sequence[Effect]:
+        known = self._shard.members.get(session) is not None and not self._shard.members.failed
         try:
             if not 1 <= len(frames) <= 2:
                 raise ProtocolError(f"a message of {len(frames)} frames")
@@ -117,50 +169,277 @@ class Server:
             message = wire.decode(frames[0].bytes)
             if (len(frames) == 2) != isinstance(message, wire.WITH_PAYLOAD):
                 raise ProtocolError(f"{type(message).__name__} with {len(frames) - 1} payloads")
-            payload = None
-            if isinstance(message, wire.Add):
-                payload = wire.tensor_of(frames[1].buffer, message.dtype, message.checksum)
+            payload = self._payload(session, message, frames[1].buffer if len(frames) == 2 else None) if known else None
+            if isinstance(message, wire.Hello):
+                message = replace(message, probe=lanes.answer(message.probe) if message.probe else "")
         except ProtocolError as error:
-            log.warning("refused %s", error)
-            return self._rounds.refuse(session, error)
-        return self._rounds.receive(session, message, payload, time.monotonic())
+            self._warn(error, known)
+            return self._shard.refuse(session, error if known else ProtocolError(str(error)))
+        self._count(payload, message)
+        return self._shard.receive(session, message, payload, time.monotonic())
 
-    def _send(self, sends: list[Send]) -> None:
-        checksums: dict[int, int] = {}
-        for send in sends:
-            message, frames = send.message, [send.to]
-            if send.payload is not None and isinstance(message, wire.Sum):
-                payload = wire.bytes_of(send.payload)
-                if self._checksums:
-                    crc = checksums.setdefault(id(send.payload), 0) or wire.checksum_of(payload)
-                    checksums[id(send.payload)] = crc
-                    message = wire.Sum(message.key, message.call, message.part, crc)
-                frames += [wire.encode(message), payload]  # type: ignore[list-item]
+    def _count(self, payload: Tensor | None, message: wire.Message) -> None:
+        if payload is not None:
+            shared = not isinstance(message, wire.WITH_PAYLOAD)
+            self._counts["shared_bytes" if shared else "received_bytes"] += payload.nbytes
+
+    def _payload(self, session: Session, message: wire.Message, data: memoryview | None) -> Tensor | None:
+        """The numbers that a message brings, or that lie where it says."""
+        if data is not None:
+            checksum = getattr(message, "checksum", 0)
+            wire.check(data, checksum)
+            if isinstance(message, wire.Push):
+                return wire.tensor_of(data, self._held_dtype(message.bucket))
+            return wire.tensor_of(data, message.dtype if isinstance(message, wire.Add) else "uint8")
+        if isinstance(message, wire.AddShared):
+            if message.dtype not in wire.DTYPE_NAMES:
+                raise ProtocolError(f"a tensor of unknown type {message.dtype!r:.20}")
+            dtype = wire.DTYPE_NAMES[message.dtype]
+            return self._segment(session, message.segment).view(dtype, message.offset, message.numel)
+        if isinstance(message, wire.PushShared):
+            return self._shared_view(session, message.bucket, message.segment, message.offset)
+        if isinstance(message, wire.PullShared):
+            self._shared_view(session, message.bucket, message.segment, message.offset)  # it must exist
+        return None
+
+    def _shared_view(self, session: Session, bucket: int, segment: int, offset: int) -> Tensor:
+        dtype = wire.DTYPE_NAMES[self._held_dtype(bucket)]
+        assert self._shard.store is not None  # noqa: S101
+        numel = self._shard.store.nbytes_of(bucket) // dtype.itemsize
+        return self._segment(session, segment).view(dtype, offset, numel)
+
+    def _held_dtype(self, bucket: int) -> str:
+        if self._shard.store is None:
+            raise ProtocolError(f"bucket {bucket}, before the parameters were described")
+        return self._shard.store.dtype_of(bucket)
+
+    def _segment(self, session: Session, number: int) -> lanes.Segment:
+        found = self._segments.get((session, number))
+        if found is None:
+            raise ProtocolError(f"segment {number}, which was not shared")
+        return found
+
+    def _warn(self, error: DtrainError, known: bool) -> None:
+        """A line of log for each kind of trouble, not for each message: a stranger could fill a disk."""
+        self._strangers += not known
+        self._counts["refused_messages"] += 1
+        if known or self._strangers in (1, 10, 100, 1000, 10_000, 100_000):
+            log.warning("refused %s%s", error, f" ({self._strangers} so far)" if self._strangers > 1 else "")
+
+    # -- what follows -------------------------------------------------------------------------------------------------
+
+    def _act(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._send(effect)
+            elif isinstance(effect, SumUp):
+                self._sum_up(effect)
+            elif isinstance(effect, Map):
+                self._map(effect)
+            elif isinstance(effect, Forget):
+                self._forget(effect)
             else:
-                frames.append(wire.encode(message))
+                try:
+                    self._hold(effect)
+                except Exception as error:
+                    self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """What workers have asked for cannot be done: they are told, and the job is over."""
+        if not isinstance(error, DtrainError):
+            log.error("this server cannot go on", exc_info=error)
+            error = CommError(f"the server (pid {os.getpid()}) failed with {type(error).__name__}: {error}")
+        self._act(self._shard.fail(error))
+
+    def _send(self, send: Send) -> None:
+        message, frames = send.message, [send.to]
+        if send.payload is not None:
+            payload = wire.bytes_of(send.payload)
+            self._counts["sent_bytes"] += len(payload)
+            if self._checksums and isinstance(message, Sum | wire.Piece | wire.Squares):
+                message = replace(message, checksum=wire.checksum_of(payload))
+            frames += [wire.encode(message), payload]  # type: ignore[list-item]
+        else:
+            frames.append(wire.encode(message))
+        try:
+            self._router.send_multipart(frames, zmq.NOBLOCK, copy=send.payload is None)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._act(self._shard.away(send.to, time.monotonic()))
+        else:
+            self._shard.back(send.to)
+
+    def _map(self, effect: Map) -> None:
+        session, request = effect.session, effect.request
+        try:
+            if isinstance(request, wire.Share):
+                self._segments[session, request.segment] = lanes.Segment.open(request.name, request.nbytes)
+            else:
+                self._segments.pop((session, request.segment), None)
+        except lanes.Gone:
+            return  # the worker was told meanwhile, by another server, that the job has failed or is rewound
+        except DtrainError as error:
+            self._act(self._shard.refuse(session, error))
+            return
+        self._act(self._shard.answer(session, Done(request.seq)))
+
+    def _forget(self, effect: Forget) -> None:
+        """Sessions are over, or all are: an epoch has ended, and with it all that was under way."""
+        if not effect.sessions:
+            for job in self._jobs:
+                if job.task is not None:
+                    with contextlib.suppress(Exception):  # nobody wants it any more
+                        job.task.finish()
+            self._jobs.clear()
+            self._segments.clear()
+            self._holder = None
+            self._saved.clear()
+            return
+        for key in [k for k in self._segments if k[0] in effect.sessions]:
+            del self._segments[key]
+
+    # -- work for the threads -----------------------------------------------------------------------------------------
+
+    def _add_job(self, start: Callable[[], Task], then: Callable[[], None]) -> None:
+        self._jobs.append(_Job(start, then))
+
+    def _work(self) -> None:
+        """Go on with the oldest work, for a short while."""
+        deadline = time.monotonic() + _SLICE_S
+        while self._jobs and (left_s := deadline - time.monotonic()) > 0:
+            job = self._jobs[0]
             try:
-                self._router.send_multipart(frames, zmq.NOBLOCK, copy=send.payload is None)
-            except zmq.ZMQError as error:
-                if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                    raise
-                self._send(self._rounds.lost(send.to))
+                if job.task is None:
+                    job.task = job.start()
+                if not job.task.advance(left_s):
+                    return
+                self._jobs.popleft()
+                job.then()
+            except Exception as error:
+                self._break(error)
+
+    def _sum_up(self, effect: SumUp) -> None:
+        """Sum in worker order, where the workers see it or into a message; a small tensor at once."""
+        parts = [part.payload for _, part in effect.parts]
+        shared = [part.payload for _, part in effect.parts if part.shared]
+        outputs = shared or [torch.empty_like(parts[0])]
+
+        def answer() -> None:
+            self._counts["rounds"] += 1
+            for session, part in effect.parts:
+                if part.shared:
+                    self._act(self._shard.answer(session, Done(part.seq)))
+                else:
+                    payload = outputs[0] if not shared else outputs[0].clone()
+                    self._act(self._shard.answer(session, Sum(part.seq, 0), payload))
+
+        if parts[0].nbytes <= _AT_ONCE_BYTES:
+            sum_ = total(parts)
+            for output in outputs:
+                output.copy_(sum_)
+            answer()
+        else:
+            self._add_job(lambda: Reduction(parts, outputs, pool=self._pool), answer)
+
+    # -- parameters that live here ------------------------------------------------------------------------------------
+
+    def _hold(self, work: store.StoreWork) -> None:
+        if isinstance(work, store.Reply):
+            self._add_job(_nothing, lambda: self._act(self._shard.answer_rank(work.rank, work.answer)))
+        elif isinstance(work, store.Build):
+            _check_memory(work.layout.nbytes)
+            self._holder = Holder(work.layout, self._pool)
+            for rank, seq in work.asked:
+                self._act(self._shard.answer_rank(rank, Done(seq)))
+        elif isinstance(work, store.Load):
+            data = b"".join(part.numpy().tobytes() for part in work.parts)
+            self._held.load(data)
+            self._act(self._shard.answer_rank(work.asked[0], Done(work.asked[1])))
+        elif isinstance(work, store.Save):
+            self._add_job(_nothing, lambda: self._save(work.rank, work.request))
+        elif isinstance(work, store.Measure):
+            self._add_job(lambda: self._held.measure(work.gradients, work.factor), lambda: None)
+        elif isinstance(work, store.TellSquares):
+            self._add_job(_nothing, lambda: self._tell_squares(work.asked))
+        elif isinstance(work, store.Update):
+            self._update(work)
+        else:
+            self._add_job(_nothing, lambda: self._give(work.rank, work.request))
+
+    @property
+    def _held(self) -> Holder:
+        if self._holder is None:
+            raise ProtocolError("a request for parameters, before they were described")
+        return self._holder
+
+    def _update(self, work: store.Update) -> None:
+        present = {member.rank for member in self._shard.members.present}
+        shared = [(r, pull) for r, pull in work.pulls if isinstance(pull, wire.PullShared) and r in present]
+        others = [(r, pull) for r, pull in work.pulls if isinstance(pull, wire.Pull)]
+        outputs = [self._place(rank, pull) for rank, pull in shared]
+
+        def then() -> None:
+            for gradient in work.gradients:
+                for seq in gradient.asked:
+                    self._act(self._shard.answer_rank(gradient.rank, Done(seq)))
+            for rank, written in shared:
+                self._held.pulled(rank, written.bucket)
+                self._act(self._shard.answer_rank(rank, Done(written.seq)))
+            for rank, pull in others:
+                self._give(rank, pull)
+
+        self._add_job(lambda: self._held.update(work, outputs), then)
+
+    def _place(self, rank: int, pull: wire.PullShared) -> Tensor:
+        return self._shared_view(self._session_of(rank), pull.bucket, pull.segment, pull.offset)
+
+    def _give(self, rank: int, pull: wire.Pull | wire.PullShared) -> None:
+        if not self._session_of(rank):
+            return  # it has been lost since
+        values = self._held.values(pull.bucket)
+        self._held.pulled(rank, pull.bucket)
+        if isinstance(pull, wire.PullShared):
+            self._place(rank, pull).copy_(values)
+            self._act(self._shard.answer_rank(rank, Done(pull.seq)))
+            return
+        most = wire.PART_BYTES // values.element_size()
+        part = values[pull.part * most : (pull.part + 1) * most].clone()
+        self._act(self._shard.answer_rank(rank, Sum(pull.seq, 0), part))
+
+    def _tell_squares(self, asked: store.Asked) -> None:
+        payload = self._held.measured().view(torch.uint8)
+        self._act(self._shard.answer_rank(asked[0], wire.Squares(asked[1], 0), payload))
+
+    def _save(self, rank: int, request: wire.Fetch) -> None:
+        if request.part == 0:
+            self._saved[rank] = self._held.save()
+        data = self._saved.get(rank, b"")
+        parts = max(1, -(-len(data) // wire.PART_BYTES))
+        piece = data[request.part * wire.PART_BYTES : (request.part + 1) * wire.PART_BYTES]
+        if not piece:
+            self._act(self._shard.refuse(self._session_of(rank), ProtocolError(f"no part {request.part} of {parts}")))
+            return
+        if request.part == parts - 1:
+            self._saved.pop(rank)
+        payload = torch.frombuffer(bytearray(piece), dtype=torch.uint8)
+        self._act(self._shard.answer_rank(rank, wire.Piece(request.seq, parts, 0), payload))
+
+    def _session_of(self, rank: int) -> Session:
+        """Of a worker that is here; else empty."""
+        member = self._shard.members.of_rank(rank)
+        return b"" if member is None or member.left is not None else member.session
 
 
-def _check_free(address: str) -> None:
-    """ZeroMQ would take the socket's file away from a server that listens there already."""
-    url = urlparse(address)
-    if url.scheme != "ipc":
-        return
-    with net.socket(net.AF_UNIX) as probe, contextlib.suppress(OSError):
-        probe.connect(url.path)
-        raise UsageError(f"cannot listen at {address}: another server does already")
+def _check_memory(nbytes: int) -> None:
+    """Refuse parameters that this host has no memory for: the kernel would end the server when it first uses it."""
+    left = psutil.virtual_memory().available
+    if nbytes > left:
+        raise UsageError(
+            f"parameters of {nbytes / 2**20:.0f} MiB for this server, and its host has {left / 2**20:.0f} MiB left: "
+            "start more servers, on more hosts"
+        )
 
 
-def _as_error(failed: wire.Failed) -> DtrainError:
-    return error_of(failed.kind, failed.text)
-
-
-def error_of(kind: str, text: str) -> DtrainError:
-    """The error that was told by its name; a CommError if this side does not know the name."""
-    kinds: tuple[type[DtrainError], ...] = (ConnectError, LayoutError, ProtocolError, UsageError)
-    return {k.__name__: k for k in kinds}.get(kind, CommError)(text)
+def _nothing() -> Task:
+    return Task(0, lambda _: None)

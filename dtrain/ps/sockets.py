@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket as net
 import time
@@ -11,20 +12,22 @@ from urllib.parse import urlparse
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from dtrain.errors import ConnectError, ProtocolError, UsageError
+from dtrain.errors import ConnectError, DtrainError, KeyRefused, ProtocolError, UsageError
 from dtrain.ps.wire import PART_BYTES
 
 HEARTBEAT_S = 1.0
-DEAD_AFTER_S = 4.0
+DEAD_AFTER_S = 3.0
 """A peer whose ZMTP heartbeat is missing for this long (a stopped process, a broken link) is disconnected."""
 
+GRACE_S = 1.5
+"""How long a disconnected peer may take to come back over a network. On one host nothing breaks but processes."""
+
 _HANDSHAKE_S = 5.0
-_FAILURES: dict[int, str] = {
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it does not answer as a ZeroMQ peer does",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "it speaks something else than ZeroMQ's protocol",
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refused this side's key",
-}
-_WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | sum(_FAILURES)
+_TELL_S = 2.0
+"""How long to go on after the first failed handshake: the side that hangs up first does not always say why."""
+
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
 
 
 def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
@@ -42,6 +45,7 @@ def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else what cannot be delivered is dropped in silence
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again is the same one: its name is random
     return socket
 
 
@@ -52,11 +56,11 @@ def check_address(address: str, *, insecure_no_encryption: bool = False) -> str:
         UsageError: of another form than `ipc:///path` and `tcp://host:port`, or a path that is too long, or beyond
             this host without `insecure_no_encryption`.
     """
-    url = urlparse(address)
     try:
+        url = urlparse(address)
         port = url.port
     except ValueError:
-        port = None
+        url, port = urlparse(""), None
     if url.scheme == "ipc" and not url.netloc and url.path.startswith("/"):
         if len(url.path.encode()) > 107:
             raise UsageError(f"{address}: a socket's path has at most 107 bytes, this one {len(url.path.encode())}")
@@ -83,47 +87,104 @@ def _is_loopback(host: str) -> bool:
             return False
 
 
+def _unresolved(address: str) -> str:
+    """What is wrong with the name of a host, if it is that."""
+    url = urlparse(address)
+    if url.scheme != "tcp":
+        return ""
+    try:
+        net.getaddrinfo(url.hostname, url.port)
+    except OSError as error:
+        return f"the name {url.hostname} does not resolve ({error.strerror})"
+    return ""
+
+
 class Watch:
     """Sees what happens to the connection of a socket that connects to one peer."""
 
-    def __init__(self, socket: zmq.Socket[bytes], address: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], address: str, peer: str = "server") -> None:
         self.monitor = socket.get_monitor_socket(_WATCHED)
+        self._socket = socket
+        self._keyed = socket.getsockopt(zmq.MECHANISM) == zmq.CURVE
         self._address = address
+        self._peer = peer  # what is to be there, in words
         self.connected = False
         """Whether a ZeroMQ peer has answered."""
 
     def await_handshake(self, timeout_s: float) -> None:
-        """Return when the peer has answered as a ZeroMQ socket does.
+        """Return when the peer has answered as a ZeroMQ socket does, and the keys of both fit.
 
         Raises:
             ConnectError: nobody did within the time.
-            ProtocolError: somebody else lives there.
+            KeyRefused: it does not take this side's key.
+            ProtocolError: somebody else lives there, or with other keys.
         """
-        accepted = False
+        accepted = hung_up = False
         deadline = time.monotonic() + timeout_s
-        failure = ""
         while (left_s := deadline - time.monotonic()) > 0:
             if not self.monitor.poll(int(left_s * 1000) + 1):
                 break
-            for event in self._events():
+            for event, value in self._events():
                 if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self.connected = True
                     return
+                if event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
+                    raise self._refusal(event, value)  # libzmq does not try again
                 accepted = accepted or event == zmq.EVENT_CONNECTED
-                failure = failure or _FAILURES.get(event, "")
-            if failure:
-                raise ProtocolError(f"{self._address} is not dtrain's server: {failure}")
+                if event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_DISCONNECTED) and not hung_up:
+                    hung_up = True
+                    deadline = min(deadline, time.monotonic() + _TELL_S)
+        if hung_up:
+            raise self._refusal(0, 0)
         if accepted:
             raise ProtocolError(
-                f"{self._address} is not dtrain's server: it accepts connections, but has not answered as a "
+                f"{self._address} is not dtrain's {self._peer}: it accepts connections, but has not answered as a "
                 f"ZeroMQ peer does within {timeout_s:g} s"
             )
-        raise ConnectError(f"nobody answers at {self._address} within {timeout_s:g} s: is the server started?")
+        why = _unresolved(self._address) or f"is the {self._peer} started?"
+        raise ConnectError(f"nobody answers at {self._address} within {timeout_s:g} s: {why}")
 
-    def disconnected(self) -> bool:
-        """Whether the connection has broken since the handshake."""
-        return any(event == zmq.EVENT_DISCONNECTED for event in self._events())
+    def _refusal(self, event: int, value: int) -> DtrainError:
+        """What a failed handshake means; 0 where the other side hung up without a word."""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return KeyRefused(
+                f"{self._address} refused this worker's key: it is not the worker.public of the server's keys; copy "
+                "worker.public and worker.secret from the folder in which the server's keys were made"
+            )
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            why = (
+                f"it uses no keys and this worker does: start the {self._peer} with keys too, or the worker without"
+                if self._keyed
+                else "it asks for a key and this worker has none: give the worker the job's keys"
+            )
+            return ProtocolError(f"{self._address} is not dtrain's {self._peer}, or {why}")
+        if self._keyed and not event:
+            return ProtocolError(
+                f"{self._address} is not dtrain's {self._peer}, or server.public here is not its key: it hangs up at "
+                "this worker's first message; copy server.public from the server's keys"
+            )
+        why = (
+            "it speaks something else than ZeroMQ's protocol"
+            if event
+            else "it hangs up, and does not answer as a ZeroMQ peer does"
+        )
+        return ProtocolError(f"{self._address} is not dtrain's {self._peer}: {why}")
 
-    def _events(self) -> Iterator[int]:
+    def look(self) -> Iterator[str]:
+        """What has happened since the last look, in order: `away` for a broken connection, `back` for a new one."""
+        for event, _ in self._events():
+            if event == zmq.EVENT_DISCONNECTED:
+                yield "away"
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                yield "back"
+
+    def close(self) -> None:
+        """Stop watching."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.disable_monitor()
+        self.monitor.close(linger=0)
+
+    def _events(self) -> Iterator[tuple[int, int]]:
         while self.monitor.poll(0):
-            yield recv_monitor_message(self.monitor)["event"]
+            message = recv_monitor_message(self.monitor)
+            yield message["event"], message["value"]

@@ -1,13 +1,15 @@
 """What worker and server say to each other: a small msgpack header of fixed fields, and raw tensor bytes beside it.
 
-A message is one header frame and, for `Add` and `Sum`, one payload frame. The header is an array: protocol number,
-kind, then the fields of the kind in order. Nothing is allocated from a number on the wire, and nothing is unpickled.
+A message is one header frame and, for some kinds, payload frames. The header is an array: protocol number, kind, then
+the fields of the kind in order, and the crc32 of all that behind it. Nothing is allocated from a number on the wire,
+and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import msgpack
@@ -17,11 +19,14 @@ from torch import Tensor
 from dtrain.comm.base import DTYPES
 from dtrain.errors import ProtocolError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_HEADER_BYTES = 4096
 PART_BYTES = 2**20
 """A tensor travels in parts of at most this size, so that adding, sending and receiving overlap, and heartbeats do not
 queue behind a long message."""
+
+
+# -- worker to server -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,47 @@ class Hello:
     host: str
     pid: int
     patience_ms: int  # how long it waits for the others
+    epoch: int  # how often it knows the job to have been rewound
+    incarnation: int  # how often this worker has been started again
+    server: int  # which of the servers it takes this one for
+    num_servers: int
+    probe: str  # name of a segment that proves a common memory; empty: none is wanted
 
 
 @dataclass(frozen=True)
-class Welcome:
-    """All workers are here."""
+class Bye:
+    """A worker leaves, with the reason where it is a bad one."""
 
-    host: str
-    pid: int
+    reason: str
 
 
 @dataclass(frozen=True)
-class Add:
-    """A worker's part of one transfer; the payload follows."""
+class Request:
+    """What wants an answer: exactly one, which repeats `seq`."""
+
+    seq: int  # this worker's requests to this server, counted
+    low: int  # all answers before this one have come
+
+
+@dataclass(frozen=True)
+class Share(Request):
+    """A segment of shared memory, to be mapped by the server. -> Done"""
+
+    segment: int
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Unshare(Request):
+    """A segment is used no more. -> Done"""
+
+    segment: int
+
+
+@dataclass(frozen=True)
+class Add(Request):
+    """A worker's part of one transfer; the payload follows. -> Sum"""
 
     key: str
     call: int  # how many transfers of this key came before
@@ -56,18 +89,221 @@ class Add:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """The sum over workers of that part; the payload follows."""
+class AddShared(Request):
+    """A worker's part of one transfer, in shared memory; the sum is wanted in the same place. -> Done"""
 
     key: str
     call: int
     part: int
+    dtype: str
+    segment: int
+    offset: int  # bytes
+    numel: int
+
+
+@dataclass(frozen=True)
+class Await(Request):
+    """A worker has been waiting for others on their common board for a while. -> Done"""
+
+    key: str
+    call: int
+    missing: bytes  # ranks, two bytes each
+
+    @property
+    def ranks(self) -> list[int]:
+        return unpack_ranks(self.missing)
+
+
+@dataclass(frozen=True)
+class Resume(Request):
+    """It waits no more. -> Done"""
+
+
+@dataclass(frozen=True)
+class Open(Request):
+    """The parameters that the server is to hold; the layout follows, see `ps.layout`. -> Done, when all have agreed"""
+
     checksum: int
+
+
+@dataclass(frozen=True)
+class Put(Request):
+    """Values of parameters and the optimizer's state, by worker 0, in parts; the payload follows. -> Done"""
+
+    part: int
+    parts: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Fetch(Request):
+    """Asks for the same, as they are now. -> Piece"""
+
+    part: int
+
+
+@dataclass(frozen=True)
+class Begin(Request):
+    """A worker's step; the optimizer's settings for it follow. -> Received, Squares or Closed"""
+
+    step: int
+    share: float  # this worker's part of the samples of the step
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Push(Request):
+    """A part of a gradient; the payload follows. -> Done, when it has been used"""
+
+    step: int
+    bucket: int
+    part: int
+    flags: bytes  # a bit a parameter of the bucket: has it a gradient here?
+    checksum: int
+
+
+@dataclass(frozen=True)
+class PushShared(Request):
+    """A gradient in shared memory. -> Done, when it has been used"""
+
+    step: int
+    bucket: int
+    flags: bytes
+    segment: int
+    offset: int  # bytes
+
+
+@dataclass(frozen=True)
+class Pull(Request):
+    """Asks for a part of the parameters as they are after so many steps. -> Sum"""
+
+    step: int
+    bucket: int
+    part: int
+
+
+@dataclass(frozen=True)
+class PullShared(Request):
+    """Asks for them in shared memory. -> Done"""
+
+    step: int
+    bucket: int
+    segment: int
+    offset: int  # bytes
+
+
+@dataclass(frozen=True)
+class Ready(Request):
+    """All servers have this worker's step. -> Chosen, by server 0, when enough workers are ready"""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Commit(Request):
+    """Passes on which workers a step is made of. -> Squares or Closed"""
+
+    step: int
+    ranks: bytes
+
+
+@dataclass(frozen=True)
+class Clip(Request):
+    """Passes on what the mean gradient is to be multiplied by. -> Closed"""
+
+    step: int
+    factor: float
+
+
+# -- server to worker -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """All workers are here."""
+
+    host: str
+    pid: int
+    epoch: int
+    credit: int  # bytes that the worker may have under way, unanswered
+    token: str  # what the server read in the probe; empty: it sees another memory
+    on_loss: str  # what is done when a worker is lost: fail, wait or drop
+
+
+@dataclass(frozen=True)
+class Done:
+    """It is as was asked."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What was asked for follows: the sum over workers, or new parameters."""
+
+    seq: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of what was asked for follows."""
+
+    seq: int
+    parts: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Received:
+    """The worker's step is all here."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The workers that a step is made of."""
+
+    seq: int
+    ranks: bytes
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Sums of squares of the mean gradient, by block, follow."""
+
+    seq: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The step has been made."""
+
+    seq: int
+    version: int  # updates made so far
+    behind: int  # updates by others since this worker last got the parameters: the staleness of its gradient
+    counted: int  # workers whose gradient is in it; 0: this worker came too late, its gradient was dropped
+    factor: float  # what it was clipped by, for servers that have not heard of it; else 1
+
+
+@dataclass(frozen=True)
+class Again:
+    """A damaged message has come: send what is unanswered again."""
 
 
 @dataclass(frozen=True)
 class Ping:
     """The server makes sure that a worker can be reached; no answer."""
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """The job goes back to its last commit: come again, in that epoch."""
+
+    epoch: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -78,28 +314,83 @@ class Failed:
     text: str
 
 
+# -- servers and workers to the scheduler, and its answers -------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Bye:
-    """A worker leaves, with the reason where it is a bad one."""
+class Register:
+    """A server tells where it listens. -> Numbered"""
 
-    reason: str
+    job_id: str
+    address: str
+    wanted: int  # which of the servers it is to be, counted from 1; 0: the next one
 
 
-Message = Hello | Welcome | Add | Sum | Ping | Failed | Bye
-_KINDS: tuple[type, ...] = (Hello, Welcome, Add, Sum, Ping, Failed, Bye)
-_TYPES: dict[str, type] = {"str": str, "int": int}
-WITH_PAYLOAD = (Add, Sum)
+@dataclass(frozen=True)
+class Lookup:
+    """Asks where the servers are. -> Located for each of them, when all have registered"""
+
+    job_id: str
+    patience_ms: int  # how long it waits for them
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Which of the servers the one that asked is."""
+
+    server: int
+    num_servers: int
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where one of the servers listens."""
+
+    server: int
+    num_servers: int
+    address: str
+
+
+Answer = Done | Sum | Piece | Received | Chosen | Squares | Closed
+Rendezvous = Register | Lookup | Numbered | Located
+Message = Hello | Bye | Request | Welcome | Answer | Again | Ping | Rewind | Failed | Rendezvous
+_KINDS: tuple[type, ...] = (
+    *(Hello, Bye, Share, Unshare, Add, AddShared, Await, Resume),
+    *(Open, Put, Fetch, Begin, Push, PushShared, Pull, PullShared, Ready, Commit, Clip),
+    *(Welcome, Done, Sum, Piece, Received, Chosen, Squares, Closed, Again, Ping, Rewind, Failed),
+    *(Register, Lookup, Numbered, Located),
+)
+WITH_PAYLOAD = (Add, Open, Put, Begin, Push, Sum, Piece, Squares)
+_FIELDS = {
+    kind: [(f.name, {"str": str, "int": int, "float": float, "bytes": bytes}[str(f.type)]) for f in fields(kind)]
+    for kind in _KINDS
+}
 
 _TEXT_BYTES = 2048
 """Longest text in a header."""
+
+_LARGEST = 2**63
+"""Above all numbers in a header."""
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def encode(message: Message) -> bytes:
     """The header frame of a message."""
-    packed: bytes = msgpack.packb((PROTOCOL, _KINDS.index(type(message)), *astuple(message)))
-    return packed
+    kind = type(message)
+    values = [getattr(message, name) for name, _ in _FIELDS[kind]]
+    packed: bytes = msgpack.packb((PROTOCOL, _KINDS.index(kind), *values))
+    return packed + zlib.crc32(packed).to_bytes(4, "little")
+
+
+def pack_ranks(ranks: Iterable[int]) -> bytes:
+    """Ranks, two bytes each."""
+    return b"".join(rank.to_bytes(2, "little") for rank in ranks)
+
+
+def unpack_ranks(data: bytes) -> list[int]:
+    """The reverse of `pack_ranks`."""
+    return [int.from_bytes(data[i : i + 2], "little") for i in range(0, len(data), 2)]
 
 
 def fitting(text: str, nbytes: int = _TEXT_BYTES) -> str:
@@ -111,13 +402,17 @@ def decode(header: bytes) -> Message:
     """The message of a header frame.
 
     Raises:
+        Damaged: its checksum is wrong.
         ProtocolError: anything but an array of the right length and types, of this protocol.
     """
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes; the limit is {MAX_HEADER_BYTES}")
-    limits: dict[str, Any] = {"max_array_len": 16, "max_map_len": 0, "max_bin_len": 0, "max_ext_len": 0}
+    packed, checksum = header[:-4], header[-4:]
+    if zlib.crc32(packed).to_bytes(4, "little") != checksum:
+        raise Damaged("a header whose checksum is wrong: the network damaged it, or it is no header of dtrain's")
+    limits: dict[str, Any] = {"max_array_len": 16, "max_map_len": 0, "max_bin_len": _TEXT_BYTES, "max_ext_len": 0}
     try:
-        values: Any = msgpack.unpackb(header, use_list=False, max_str_len=_TEXT_BYTES, **limits)
+        values: Any = msgpack.unpackb(packed, use_list=False, max_str_len=_TEXT_BYTES, **limits)
     except Exception as error:  # msgpack raises ValueError, UnicodeDecodeError and several of its own
         raise ProtocolError(f"a header that is not msgpack of this protocol ({type(error).__name__})") from error
     if not isinstance(values, tuple) or len(values) < 2 or type(values[0]) is not int:
@@ -127,29 +422,41 @@ def decode(header: bytes) -> Message:
     if type(values[1]) is not int or not 0 <= values[1] < len(_KINDS):
         raise ProtocolError(f"a message of unknown kind {values[1]!r:.20}")
     kind = _KINDS[values[1]]
-    wanted = [(f.name, _TYPES[str(f.type)]) for f in fields(kind)]
+    wanted = _FIELDS[kind]
     if len(values) - 2 != len(wanted):
         raise ProtocolError(f"{kind.__name__} with {len(values) - 2} fields; it has {len(wanted)}")
     for (name, type_), value in zip(wanted, values[2:], strict=True):
-        if type(value) is not type_ or (isinstance(value, int) and value < 0):
+        if type(value) is not type_ or (isinstance(value, (int, float)) and not 0 <= value < _LARGEST):
             raise ProtocolError(f"{kind.__name__}.{name} is {value!r:.40}, which is no {type_.__name__} from 0 up")
     message: Message = kind(*values[2:])
     return message
 
 
-def tensor_of(payload: memoryview, dtype: str, checksum: int) -> Tensor:
+class Damaged(ProtocolError):
+    """Bytes that are not what was sent."""
+
+
+def check(payload: memoryview, checksum: int) -> None:
+    """Compare a payload with its checksum; 0 stands for none.
+
+    Raises:
+        Damaged: they do not agree.
+    """
+    if checksum and checksum_of(payload) != checksum:
+        raise Damaged("a payload whose checksum is wrong: the network damaged it")
+
+
+def tensor_of(payload: memoryview, dtype: str) -> Tensor:
     """A flat tensor over the bytes of a payload, without a copy.
 
     Raises:
-        ProtocolError: unknown type, a length that is no multiple of its size, or a wrong checksum.
+        ProtocolError: unknown type, or a length that is no multiple of its size.
     """
     if dtype not in DTYPE_NAMES:
         raise ProtocolError(f"a payload of unknown type {dtype!r:.20}")
     kind = DTYPE_NAMES[dtype]
     if len(payload) == 0 or len(payload) % kind.itemsize:
         raise ProtocolError(f"a payload of {len(payload)} bytes, which is no multiple of {dtype}")
-    if checksum and zlib.crc32(payload) != checksum:
-        raise ProtocolError("a payload whose checksum is wrong: the network damaged it")
     return torch.frombuffer(payload, dtype=kind)
 
 

@@ -21,12 +21,17 @@ VICTIM = Path(__file__).parent / "victim.py"
 _TOKEN = "TEST_TOKEN_OF_THIS_JOB"  # noqa: S105  (found again in the environment of every process of a job)
 
 
+def token_of() -> str:
+    """A word by which the processes of one job are known."""
+    return secrets.token_hex(7)
+
+
 class Job:
     """A command, and all that it starts."""
 
     def __init__(self, folder: Path, command: list[str], **environ: str) -> None:
         self.folder = folder
-        self.token = secrets.token_hex(8)
+        self.token = token_of()
         self.temporary = Path(tempfile.mkdtemp(prefix="j"))
         self._out, self._err = folder / "out.txt", folder / "err.txt"
         with self._out.open("w") as out, self._err.open("w") as err:
@@ -39,11 +44,13 @@ class Job:
                 env={
                     **os.environ,
                     **environ,
-                    _TOKEN: self.token,
-                    "TMPDIR": str(self.temporary),
-                    "OMP_NUM_THREADS": "1",
+                    **self.marked(),
                 },
             )
+
+    def marked(self) -> dict[str, str]:
+        """What each process of the job has in its environment."""
+        return {_TOKEN: self.token, "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
 
     @property
     def out(self) -> str:
@@ -54,11 +61,12 @@ class Job:
         return self._err.read_text()
 
     def running(self) -> list[psutil.Process]:
-        """Every process that this job has started, orphans too."""
+        """Every process that this job has started, orphans too; forked ones have the token for a name."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get(_TOKEN) == self.token and process.status() != psutil.STATUS_ZOMBIE:
+                ours = process.name() == self.token or process.environ().get(_TOKEN) == self.token
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 

@@ -1,0 +1,581 @@
+"""Time to sum a gradient of N float32 numbers in place over n workers of one host: the parameter server's transports
+and `allreduce` against torch's gloo.
+
+    python benchmarks/sync.py                     1 KB and 105 MB over 2 and 4 workers, two minutes or more
+    python benchmarks/sync.py --quick --json F    1 KB and 10 MB over 2 workers, some seconds
+
+Contenders:
+
+    ps shm      parameter server, shared memory; the gradient lies in what comm.empty() gave
+    ps ipc      parameter server, ipc:// socket
+    ps tcp      parameter server, tcp:// socket on the loopback interface, with checksums
+    allreduce   dtrain over gloo
+    gloo        torch.distributed.all_reduce, the baseline
+    MPI         mpi4py's Allreduce with IN_PLACE, where mpi4py and mpiexec are found (they start the workers then)
+    DeepSpeed   its shared-memory all-reduce, where deepspeed is found and can build it
+
+Each worker is one process that holds all of them at once. They take turns, round by round, and who begins rotates.
+Before each call the gradient is written anew and all workers meet at a barrier. After it the sum is checked: every
+number in the first rounds and the last, some in the others. A round takes as long as its slowest worker. "times gloo's
+speed" is gloo's median over this one's: above 1 is faster than gloo. GB/s is the size of the gradient over the median,
+whatever the transport moves for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import common
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import dtrain
+from dtrain import env
+from dtrain.comm import collectives
+from dtrain.launcher import Plan, launch
+from dtrain.processes import cores, remove, server_command
+from dtrain.ps.client import ParameterServer
+from dtrain.tables import table
+
+LANES = ("shm", "ipc", "tcp")
+BASELINE = "gloo"
+MPI = "MPI"
+DEEPSPEED = "DeepSpeed"
+TIMEOUT_S = 60.0
+
+_STRIDE = 61
+"""Which numbers are looked at in most rounds: to read all takes as long as to sum them."""
+
+Call = Callable[[], object]
+"""Sums the flat that it was made with, in place."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the workers of one job are told."""
+
+    folder: str
+    workers: int
+    threads: int
+    numels: list[int]
+    rounds: int | None
+    quick: bool
+    servers: dict[str, list[str]]
+    """Transport -> addresses of its servers."""
+    peers: list[str]
+    absent: dict[str, str] = field(default_factory=dict)
+    """Contender -> why it is not measured."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to sum."""
+
+    name: str
+    prepare: Callable[[int], tuple[Tensor, Call]]
+    """A flat of that many numbers, and what sums it."""
+    close: Callable[[], None] = lambda: None
+
+
+# -- a worker ---------------------------------------------------------------------------------------------------------
+
+
+def work(task: Task) -> None:
+    """One worker's process: measure everything, and leave the durations in the job's folder."""
+    os.dup2(2, 1)  # what libraries print is no part of the table
+    torch.set_num_threads(task.threads)
+    comm = _join(task)
+    contenders, absent = _contenders(task, comm)
+    try:
+        sizes = [_measure(task, comm, contenders, numel) for numel in task.numels]
+        result = {"sizes": sizes, "absent": absent}
+        Path(task.folder, f"{comm.rank}.json").write_text(json.dumps(result), encoding="utf-8")
+        collectives.barrier(comm)
+    finally:
+        for contender in contenders:
+            contender.close()
+        comm.close()
+
+
+def _join(task: Task) -> dtrain.Backend:
+    """The gloo group of all workers. mpiexec starts processes too, but gives them no place that dtrain would know."""
+    if MPI not in task.peers:
+        return dtrain.connect("allreduce")
+    from mpi4py import MPI as mpi
+
+    env.set_default("GLOO_SOCKET_IFNAME", env.LOOPBACK)
+    store = f"file://{task.folder}/store"
+    return dtrain.connect("allreduce", rank=mpi.COMM_WORLD.rank, world_size=task.workers, store=store)
+
+
+def _contenders(task: Task, comm: dtrain.Backend) -> tuple[list[Contender], dict[str, str]]:
+    """Those that are usable on all workers, and why the others are not."""
+    found, absent = [], dict(task.absent)
+    for lane, addresses in task.servers.items():
+        more = {"lanes": "auto" if lane == "shm" else "off"} if has_lanes() else {}
+        server = ParameterServer(
+            addresses if len(addresses) > 1 else addresses[0],  # type: ignore[arg-type]  # several: where it takes them
+            *(comm.rank, task.workers),
+            timeout_s=TIMEOUT_S,
+            **more,  # type: ignore[arg-type]
+        )
+        found.append(_of_dtrain(f"ps {lane}", server))
+    found += [_of_dtrain("allreduce", comm, close=False), Contender(BASELINE, _gloo)]
+    for name, make in ((MPI, _mpi), (DEEPSPEED, _deepspeed)):
+        if name not in task.peers:
+            continue
+        peer, trouble = None, ""
+        try:
+            peer = make(task, comm)
+        except Exception as error:  # whatever a foreign library raises when it cannot work here
+            trouble = f"{type(error).__name__}: {error}".splitlines()[0]
+        said = [text.decode() for text in collectives.gather_bytes(comm, trouble.encode())]
+        if peer is not None and not any(said):
+            found.append(peer)
+        else:
+            absent[name] = next(text for text in said if text)
+    return found, absent
+
+
+def _of_dtrain(name: str, comm: dtrain.Backend, *, close: bool = True) -> Contender:
+    def prepare(numel: int) -> tuple[Tensor, Call]:
+        key = f"gradient/{numel}"
+        flat = comm.empty(numel, torch.float32, key)
+        return flat, lambda: comm.all_reduce(flat, key).wait()
+
+    return Contender(name, prepare, *((comm.close,) if close else ()))
+
+
+def _gloo(numel: int) -> tuple[Tensor, Call]:
+    flat = torch.empty(numel)
+    return flat, lambda: dist.all_reduce(flat)
+
+
+def _mpi(task: Task, comm: dtrain.Backend) -> Contender:
+    from mpi4py import MPI as mpi
+
+    if mpi.COMM_WORLD.size != task.workers:
+        raise RuntimeError(f"mpiexec made {mpi.COMM_WORLD.size} workers of {task.workers}")
+
+    def prepare(numel: int) -> tuple[Tensor, Call]:
+        flat = torch.empty(numel)
+        buffer = flat.numpy()
+        return flat, lambda: mpi.COMM_WORLD.Allreduce(mpi.IN_PLACE, buffer, op=mpi.SUM)
+
+    return Contender(MPI, prepare)
+
+
+def _deepspeed(task: Task, comm: dtrain.Backend) -> Contender:
+    """It names its memory by MASTER_ADDR and MASTER_PORT, and wants to know that all workers are on this host."""
+    settings = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(collectives.gather_numbers(comm, [os.getpid()])[0][0]),  # no port: a name of this job
+        "RANK": str(comm.rank),
+        "WORLD_SIZE": str(task.workers),
+        "LOCAL_RANK": str(comm.rank),
+        "LOCAL_SIZE": str(task.workers),
+        "DS_ACCELERATOR": "cpu",
+    }
+    os.environ.update(settings)
+    import deepspeed.comm
+
+    deepspeed.comm.init_distributed(dist_backend="gloo", verbose=False)
+    if not hasattr(torch.ops.deepspeed, "inference_all_reduce_"):
+        raise RuntimeError("its shared-memory all-reduce could not be built")
+
+    def prepare(numel: int) -> tuple[Tensor, Call]:
+        flat = torch.empty(numel)
+        return flat, lambda: torch.ops.deepspeed.inference_all_reduce_(flat)
+
+    def close() -> None:  # it leaves its memory behind
+        name = "_".join(settings[variable] for variable in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+        for file in Path("/dev/shm").glob(f"deepspeed_*_{name}"):  # noqa: S108  (where the system has it)
+            file.unlink(missing_ok=True)
+
+    return Contender(DEEPSPEED, prepare, close)
+
+
+def _measure(task: Task, comm: dtrain.Backend, contenders: Sequence[Contender], numel: int) -> dict[str, object]:
+    """One size: seconds of this worker by contender, round by round."""
+    rounds = task.rounds or default_rounds(numel, quick=task.quick)
+    warmup = max(2, rounds // 20)
+    pattern = (torch.arange(numel) % 1000).float()
+    ready = [(contender.name, *contender.prepare(numel)) for contender in contenders]
+    times: dict[str, list[float]] = {name: [] for name, *_ in ready}
+    start_s = time.perf_counter()
+    for number in range(warmup + rounds):
+        first = number % len(ready)
+        for name, flat, call in ready[first:] + ready[:first]:
+            torch.add(pattern, comm.rank + number % 100, out=flat)
+            collectives.barrier(comm)
+            called_s = time.perf_counter()
+            call()
+            taken_s = time.perf_counter() - called_s
+            stride = 1 if number < warmup or number == warmup + rounds - 1 else _STRIDE
+            _check(name, flat[::stride], pattern[::stride], task.workers, number % 100)
+            if number >= warmup:
+                times[name].append(taken_s)
+    if comm.rank == 0:
+        what = f"{task.workers} workers, {_size(numel * 4)}: {rounds} rounds of {len(ready)} contenders"
+        _say(f"{what} in {time.perf_counter() - start_s:.1f} s")
+    shared = [name for name, flat, _ in ready if _is_shared(flat)]
+    return {"numel": numel, "rounds": rounds, "times_s": times, "shared": shared}
+
+
+def _check(name: str, flat: Tensor, pattern: Tensor, workers: int, number: int) -> None:
+    """Whether each number is the sum over workers of pattern + rank + number: small whole numbers, so exactly."""
+    rest = workers * (workers - 1) // 2 + workers * number
+    low, high = flat.sub_(pattern, alpha=workers).aminmax()
+    if not (low.item() == high.item() == rest):
+        raise RuntimeError(f"{name}: wrong sum of {len(flat)} numbers: {low.item()} to {high.item()}, not {rest}")
+
+
+def _is_shared(flat: Tensor) -> bool:
+    """Whether it lies in memory that this process shares with another one."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, mode = line.split()[:2]
+            low, high = (int(end, 16) for end in span.split("-"))
+            if low <= flat.data_ptr() < high:
+                return mode[3] == "s"
+    return False
+
+
+def default_rounds(numel: int, *, quick: bool) -> int:
+    """As many as give a stable median."""
+    fewest, most, moved_bytes = (5, 100, 2**27) if quick else (15, 300, 2**30)
+    return max(fewest, min(most, moved_bytes // (numel * 4)))
+
+
+# -- a job ------------------------------------------------------------------------------------------------------------
+
+
+def has_lanes() -> bool:
+    """Whether this dtrain's parameter server has lanes of shared memory."""
+    return "lanes" in inspect.signature(ParameterServer).parameters
+
+
+def takes_several() -> bool:
+    """Whether this dtrain's parameter server may be several servers."""
+    first = next(iter(inspect.signature(ParameterServer).parameters.values()))
+    return first.annotation not in (str, "str")
+
+
+def peers() -> tuple[list[str], dict[str, str]]:
+    """Peers that are installed, and why the others are absent."""
+    found, absent = [], {}
+    for name, module in ((MPI, "mpi4py"), (DEEPSPEED, "deepspeed")):
+        if importlib.util.find_spec(module) is None:
+            absent[name] = f"{module} is not installed"
+        elif name == MPI and _mpiexec() is None:
+            absent[name] = "mpi4py is installed, but there is no mpiexec"
+        else:
+            found.append(name)
+    return found, absent
+
+
+def _mpiexec() -> str | None:
+    return shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath])) or (
+        shutil.which("mpiexec")
+    )
+
+
+def job(arguments: argparse.Namespace, workers: int) -> list[dict[str, object]]:
+    """Measure with that many workers: what each of them found."""
+    found, absent = peers()
+    lanes = list(arguments.lanes)
+    if "shm" in lanes and not has_lanes():
+        lanes.remove("shm")
+        absent["ps shm"] = "this dtrain's parameter server has no lanes of shared memory"
+    if arguments.servers > 1 and not takes_several():
+        absent |= {f"ps {lane}": "this dtrain takes one server" for lane in lanes}
+        lanes = []
+    folder = tempfile.mkdtemp(prefix="dtrain-")
+    try:
+        with servers(lanes, arguments.servers, workers, folder) as addresses:
+            task = Task(
+                folder=folder,
+                workers=workers,
+                threads=max(1, cores() // workers),
+                numels=arguments.numel,
+                rounds=arguments.rounds,
+                quick=arguments.quick,
+                servers=addresses,
+                peers=found,
+                absent=absent,
+            )
+            _say(f"{workers} workers, {len(lanes) * arguments.servers} servers: starting")
+            _start(task)
+        return [json.loads(Path(folder, f"{r}.json").read_text(encoding="utf-8")) for r in range(workers)]
+    finally:
+        remove(folder)
+
+
+def _start(task: Task) -> None:
+    """Run the workers. MPI's must be started by mpiexec, and then all contenders are measured there."""
+    file = Path(task.folder, "task.json")
+    file.write_text(json.dumps(asdict(task)), encoding="utf-8")
+    command = [sys.executable, __file__, "--work", str(file)]
+    if MPI in task.peers:
+        argv = [_mpiexec() or "mpiexec", "-n", str(task.workers), "--bind-to", "none", *command]
+        code = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, env=_mpi_environment(task)).returncode
+    else:
+        plan = Plan(workers=task.workers, backend="allreduce", timeout_s=TIMEOUT_S, threads=task.threads)
+        code = launch(command, plan)
+    if code:
+        sys.exit(code)
+
+
+def _mpi_environment(task: Task) -> dict[str, str]:
+    """Open MPI refuses root, and more workers than cores, unless told."""
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    allowed["OMPI_MCA_rmaps_base_oversubscribe"] = "1"
+    allowed["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+    return {**allowed, **env.for_child(env.Place(), threads=task.threads, loopback=env.LOOPBACK)}
+
+
+@contextlib.contextmanager
+def servers(lanes: Sequence[str], count: int, workers: int, folder: str) -> Iterator[dict[str, list[str]]]:
+    """`count` servers for each transport, each a process; their addresses. They end when all workers have left."""
+    processes: list[subprocess.Popen[str]] = []
+    addresses: dict[str, list[str]] = {lane: [] for lane in lanes}
+    try:
+        for lane in lanes:
+            for number in range(count):
+                bind = "tcp://127.0.0.1:0" if lane == "tcp" else f"ipc://{folder}/{lane}{number}"
+                process = subprocess.Popen(
+                    server_command(bind, workers, timeout_s=TIMEOUT_S, server=number, num_servers=count),
+                    env=env.for_child(env.Place(role="server"), threads=1, loopback=None),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                processes.append(process)
+        for process, lane in zip(processes, [lane for lane in lanes for _ in range(count)], strict=True):
+            said = process.stdout.readline() if process.stdout else ""
+            if not said.startswith("listening at "):
+                raise RuntimeError(f"the server of ps {lane} did not start: {said}")
+            addresses[lane].append(said.split()[2])
+        yield addresses
+    finally:
+        deadline = time.monotonic() + 3.0
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(workers: int, found: Sequence[dict[str, object]]) -> list[common.Row]:
+    """Rows of the record: a round takes as long as its slowest worker."""
+    rows = []
+    for sizes in zip(*(worker["sizes"] for worker in found), strict=True):  # type: ignore[call-overload]
+        numel, shared = sizes[0]["numel"], sizes[0]["shared"]
+        slowest = {
+            name: [max(times) for times in zip(*(size["times_s"][name] for size in sizes), strict=True)]
+            for name in sizes[0]["times_s"]
+        }
+        for name, times in slowest.items():
+            median_s = statistics.median(times)
+            quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+            rows.append(
+                {
+                    "workers": workers,
+                    "bytes": numel * 4,
+                    "contender": name,
+                    "median_ms": median_s * 1e3,
+                    "min_ms": min(times) * 1e3,
+                    "quartiles_ms": [quartiles[0] * 1e3, quartiles[2] * 1e3],
+                    "ratio": statistics.median(slowest[BASELINE]) / median_s,
+                    "gb_s": numel * 4 / median_s / 1e9,
+                    "rounds": len(times),
+                    "shared_memory": name in shared,
+                }
+            )
+    return rows
+
+
+def show(rows: Sequence[common.Row]) -> str:
+    """The rows as a table."""
+    head = ["workers", "bytes", "contender", "median ms", "min ms", "times gloo's speed", "GB/s"]
+    cells = [
+        [
+            *(str(row["workers"]), str(row["bytes"]), row["contender"]),
+            *(f"{row['median_ms']:.3f}", f"{row['min_ms']:.3f}", f"{row['ratio']:.2f}", f"{row['gb_s']:.2g}"),
+        ]
+        for row in rows
+    ]
+    return table(head, cells, left=3)
+
+
+def write(rows: Sequence[common.Row], file: Path, **more: object) -> None:
+    """The record: the rows, and what is needed to run them again."""
+    versions = common.versions()
+    for package in ("mpi4py", "deepspeed"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = version(package)
+    contents = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": common.commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions,
+        **more,
+        "rows": list(rows),
+    }
+    file.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(rows: Sequence[common.Row], file: Path) -> None:
+    """Bars: a panel for each number of workers, a group for each size, logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counts = list(dict.fromkeys(row["workers"] for row in rows))
+    sizes = list(dict.fromkeys(row["bytes"] for row in rows))
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(counts), figsize=(1 + 4.5 * len(counts), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, workers in zip(panels[0], counts, strict=True):
+        for index, name in enumerate(names):
+            chosen = [row for row in rows if (row["workers"], row["contender"]) == (workers, name)]
+            at = [sizes.index(row["bytes"]) + (index - (len(names) - 1) / 2) * 0.85 / len(names) for row in chosen]
+            bars = panel.bar(at, [row["median_ms"] for row in chosen], 0.85 / len(names), label=name)
+            panel.bar_label(bars, [_figures(row["median_ms"]) for row in chosen], fontsize=7, padding=1)
+        panel.set_yscale("log")
+        panel.margins(y=0.1)
+        panel.set_xticks(range(len(sizes)), [_size(size) for size in sizes])
+        panel.set_title(f"{workers} workers")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("ms to sum the gradient (median)")
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _figures(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _size(nbytes: int) -> str:
+    for unit, name in ((10**6, "MB"), (10**3, "KB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.3g} {name}"
+    return f"{nbytes} B"
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give a whole number, 1 or more")
+    return value
+
+
+def _flags() -> argparse.ArgumentParser:
+    flags = common.parser(__doc__ or "")
+    number = {"type": _at_least_one, "metavar": "N"}
+    several = {**number, "nargs": "+"}
+    flags.add_argument("--numel", **several, help="float32 numbers in the gradient (default 256 26214400)")
+    flags.add_argument("--workers", **several, help="how many workers (default 2 4)")
+    flags.add_argument(
+        "--lanes", nargs="*", choices=LANES, default=LANES, help="transports of the parameter server (default: all)"
+    )
+    flags.add_argument("--servers", **number, default=1, help="servers for each transport (default 1)")
+    flags.add_argument(
+        "--rounds", **number, help="timed rounds of each size (default 15 for 70 MB up to 300 below 3 MB)"
+    )
+    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw the medians, .png or .svg; needs matplotlib")
+    flags.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # this process is a worker
+    return flags
+
+
+def _work(file: Path) -> None:
+    task = Task(**json.loads(file.read_text(encoding="utf-8")))
+    try:
+        work(task)
+    except BaseException:
+        if MPI not in task.peers:
+            raise
+        from mpi4py import MPI as mpi
+
+        traceback.print_exc()
+        mpi.COMM_WORLD.Abort(1)  # else the others would be waited for at the end
+
+
+def main() -> None:
+    flags = _flags()
+    arguments = flags.parse_args()
+    if arguments.work:
+        return _work(arguments.work)
+    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
+        flags.error("--picture needs matplotlib: pip install 'dtrain[report]'")
+    arguments.numel = arguments.numel or ([256, 2621440] if arguments.quick else [256, 26214400])
+    arguments.workers = arguments.workers or ([2] if arguments.quick else [2, 4])
+    arguments.lanes = [lane for lane in LANES if lane in arguments.lanes]
+    hardware = common.hardware()
+    rows, absent = [], {}
+    for workers in arguments.workers:
+        found = job(arguments, workers)
+        rows += rows_of(workers, found)
+        absent |= found[0]["absent"]
+    print(show(rows))
+    for name, why in absent.items():
+        print(f"absent: {name}: {why}")
+    private = sorted({f"{row['workers']} workers, {row['bytes']} bytes" for row in rows if _not_as_asked(row)})
+    if private:
+        print(f"ps shm: the gradient was in no shared memory: {'; '.join(private)}")
+    if arguments.json:
+        threads = {str(n): max(1, cores() // n) for n in arguments.workers}
+        write(
+            rows,
+            arguments.json,
+            hardware=hardware,
+            servers=arguments.servers,
+            torch_threads_per_worker=threads,
+            torch_threads_per_server=1,
+            started_by="mpiexec" if MPI in peers()[0] else "dtrain launch",
+            absent=absent,
+        )
+    if arguments.picture:
+        draw(rows, arguments.picture)
+    return None
+
+
+def _not_as_asked(row: common.Row) -> bool:
+    return row["contender"] == "ps shm" and not row["shared_memory"]
+
+
+if __name__ == "__main__":
+    main()

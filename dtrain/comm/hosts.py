@@ -1,0 +1,136 @@
+"""The second seam: a backend with a memory, whose servers keep the parameters and make the optimizer's steps.
+
+Workers push gradients and pull parameters; whether and when they wait for each other is a rule of the update, not of
+the transfer (Li et al. 2014, "Scaling Distributed Machine Learning with the Parameter Server", section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from dtrain.comm.base import Backend
+from dtrain.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerUpdate:
+    """Let the servers keep the parameters and step the optimizer: for `replicate(..., update=ServerUpdate(...))`."""
+
+    optimizer: Optimizer
+    """Over the model's parameters. It is described to the servers, which step their own; its learning rate and other
+    settings are sent with each step, so that schedules work. It keeps no state here."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the mean gradient, over all servers; of each worker's own gradient, where steps are its own."""
+    staleness: int | None = 0
+    """0: a step is made of all workers' gradients together. s: each worker's gradient is a step of its own, and nobody
+    is more than s steps ahead of the slowest (Ho et al. 2013). None: nobody waits."""
+    backup_workers: int = 0
+    """With staleness 0: make each step of the gradients that come first, without the last so many (Chen et al.
+    2016, "Revisiting Distributed Synchronous SGD")."""
+    damping: bool = False
+    """With staleness: divide the learning rate by the staleness of the gradient (Zhang et al. 2016)."""
+    delay_compensation: float = 0.0
+    """With staleness: lambda of DC-ASGD, which corrects a gradient for what others changed (Zheng et al. 2017)."""
+
+    def __post_init__(self) -> None:
+        if self.staleness is not None and self.staleness < 0:
+            raise UsageError(f"staleness is {self.staleness}: 0 or more, or None for no bound")
+        if self.backup_workers < 0 or (self.backup_workers and self.staleness != 0):
+            raise UsageError(
+                f"backup_workers is {self.backup_workers} with staleness {self.staleness}: backup workers are 0 or "
+                "more, and go with staleness=0"
+            )
+        if not (self.delay_compensation >= 0 and math.isfinite(self.delay_compensation)):
+            raise UsageError(f"delay_compensation is {self.delay_compensation}: give 0 or more")
+        if self.staleness == 0 and (self.damping or self.delay_compensation):
+            raise UsageError("damping and delay_compensation are for stale gradients: give staleness=s or None")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise UsageError(f"clip_grad_norm is {self.clip_grad_norm}: give more than 0")
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether a step is made of several workers' gradients."""
+        return self.staleness == 0
+
+
+@dataclass(frozen=True)
+class HostedBucket:
+    """Parameters that travel together, and the flat tensors that they and their gradients lie in, in this order."""
+
+    gradient: Tensor
+    values: Tensor
+    named: Sequence[tuple[str, Parameter]]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What became of a worker's step."""
+
+    version: int
+    """Steps that the servers have made."""
+    staleness: int
+    """Steps of others between what the gradient was computed from and what it was applied to."""
+    counted: int
+    """Workers whose gradient the step was made of; 0: this worker came too late, and its gradient was dropped."""
+
+
+class Hosted(Protocol):
+    """Parameters that servers keep. `begin`, `push` each bucket, `finish`, `pull`: one step of one worker."""
+
+    steps: int
+    """Steps that this worker has taken part in, or that the servers have made, where they are the same."""
+
+    def begin(self, share: float) -> None:
+        """Start a step; `share` is this worker's part of the samples of the global batch."""
+
+    def push(self, bucket: int, present: Sequence[bool]) -> None:
+        """Send a bucket's gradient, which must not change before `pull` returns.
+
+        Args:
+            present: which of its parameters have a gradient here.
+        """
+
+    def finish(self, factor: float = 1.0) -> None:
+        """All buckets have been pushed."""
+
+    def pull(self) -> StepReport:
+        """Return when the buckets' values are those after the step."""
+
+    def refresh(self) -> None:
+        """Get the newest values. All workers call it, none of them in a step; all have the same afterwards."""
+
+    def optimizer_state(self) -> dict[int, dict[str, Any]]:
+        """The `state` of the optimizer's state dict. Worker 0's call, when no worker is in a step."""
+
+    def restore(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Make worker 0's values and this optimizer state the servers'. All workers call it."""
+
+    def state_bytes(self) -> int:
+        """Bytes that all servers together keep for the optimizer."""
+
+    def table(self) -> str:
+        """What each server keeps, to be printed."""
+
+    def close(self) -> None:
+        """Forget them here."""
+
+
+@runtime_checkable
+class ParameterHost(Backend, Protocol):
+    """A Backend whose servers can keep parameters: workers need not meet."""
+
+    def host(
+        self, buckets: Sequence[HostedBucket], model: Sequence[tuple[str, Parameter]], update: ServerUpdate
+    ) -> Hosted:
+        """Hand the buckets' values to the servers. All workers call it; the values are worker 0's.
+
+        Args:
+            model: all parameters of the model, by name; the optimizer may have some that are not trained.
+        """

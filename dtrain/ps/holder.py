@@ -1,0 +1,216 @@
+"""A server's part of the parameters and of the optimizer's state: the arithmetic of its steps.
+
+A bucket is worked on in chunks that fit in cache: gradients are summed, the optimizer steps, and the new parameters are
+copied to whoever waits for them, while the chunk is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from dtrain.errors import ProtocolError
+from dtrain.ps.layout import BucketRange, Layout
+from dtrain.ps.store import Gradient, Update
+from dtrain.ps.tasks import Pool, Task
+from dtrain.ps.update import Chunk, Hyper, ShardOptimizer, chunks, decode_hyper, squares
+from dtrain.ps.wire import DTYPE_NAMES
+
+CHUNK_ELEMENTS = 2**18
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class _Held:
+    """One bucket's range."""
+
+    def __init__(self, layout: Layout, range_: BucketRange) -> None:
+        self.range = range_
+        self.values = torch.zeros(range_.numel, dtype=DTYPE_NAMES[range_.dtype])
+        pieces = [piece for _, piece in range_.pieces]
+        limit = max(CHUNK_ELEMENTS, layout.rules.grain)
+        self.chunks = chunks(pieces, limit, layout.rules.grain, whole=layout.optimizer.whole)
+        self.optimizers = [
+            ShardOptimizer(layout.optimizer, c.pieces, self.values[c.start : c.stop]) for c in self.chunks
+        ]
+        self.members = _members(range_, self.chunks)
+        self.sum: Tensor | None = None  # of a gradient whose norm is being agreed on
+        self.before: dict[int, Tensor] = {}  # what each worker last pulled, for delay compensation
+        self.begun: Tensor | None = None  # what those have that have pulled nothing
+
+
+class Holder:
+    """All that one server holds."""
+
+    def __init__(self, layout: Layout, pool: Pool | None = None) -> None:
+        self.layout = layout
+        self._pool = pool
+        self._held = {r.bucket: _Held(layout, r) for r in layout.ranges}
+        self._found: list[Tensor] = []
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def settings(self, packed: Tensor) -> Hyper:
+        """The optimizer's settings, from the bytes that a worker sent.
+
+        Raises:
+            ProtocolError: not settings of this optimizer.
+        """
+        try:
+            data: Any = msgpack.unpackb(packed.numpy().tobytes(), max_ext_len=0, max_bin_len=0)
+        except Exception as error:
+            raise ProtocolError(f"settings that cannot be read ({type(error).__name__})") from error
+        return decode_hyper(self.layout.optimizer, data)
+
+    def update(self, update: Update, outputs: Sequence[Tensor]) -> Task:
+        """The task of making one step of one bucket.
+
+        Args:
+            outputs: flat tensors, which receive the new parameters.
+        """
+        held = self._held[update.bucket]
+        rules = self.layout.rules
+        settings = self.settings(update.settings)
+        if rules.damp and update.behind > 1:
+            settings = tuple({**group, "lr": float(group["lr"]) / update.behind} for group in settings)  # type: ignore[arg-type]
+        used = _used(held.range, update.gradients)
+        parts = [held.sum] if update.measured and held.sum is not None else _whole(update.gradients)
+        before = held.before.get(update.gradients[0].rank, held.begun) if rules.compensation else None
+
+        def do(number: int) -> None:
+            chunk, optimizer = held.chunks[number], held.optimizers[number]
+            part = slice(chunk.start, chunk.stop)
+            gradient = total([p[part] for p in parts])
+            if update.factor != 1.0:
+                gradient = gradient * update.factor
+            if before is not None:  # Zheng et al. 2017, equation 5
+                gradient = gradient + rules.compensation * gradient * gradient * (held.values[part] - before[part])
+            optimizer.step(gradient, [used[m] for m in held.members[number]], settings)
+            for output in outputs:
+                output[part].copy_(held.values[part])
+
+        return Task(len(held.chunks), do, pool=self._pool)
+
+    def measure(self, gradients: Sequence[Sequence[Gradient]], factor: float) -> Task:
+        """The task of summing gradients of all buckets, and taking the squares of their mean by block."""
+        buckets = list(self._held.values())
+        found: list[Tensor] = [torch.zeros(0)] * len(buckets)
+
+        def do(number: int) -> None:
+            held = buckets[number]
+            held.sum = total(_whole(gradients[number]))
+            if factor != 1.0:
+                held.sum = held.sum * factor
+            used = _used(held.range, gradients[number])
+            pieces = [piece for _, piece in held.range.pieces]
+            for (member, _), part in zip(held.range.pieces, held.sum.split([p.numel for p in pieces]), strict=True):
+                if not used[member]:
+                    part.zero_()
+            found[number] = squares(held.sum, pieces, self.layout.rules.grain)
+
+        task = Task(len(buckets), do, pool=self._pool)
+        self._found = found
+        return task
+
+    def measured(self) -> Tensor:
+        """Sums of squares of the last `measure`, float64, bucket by bucket."""
+        return torch.cat(self._found) if self._found else torch.zeros(0, dtype=torch.float64)
+
+    # -- pulls --------------------------------------------------------------------------------------------------------
+
+    def values(self, bucket: int) -> Tensor:
+        """The parameters of a bucket's range; the next step changes them."""
+        return self._held[bucket].values
+
+    def pulled(self, rank: int, bucket: int) -> None:
+        """A worker has been given them: from these it computes its next gradient."""
+        if self.layout.rules.compensation:
+            self._held[bucket].before[rank] = self._held[bucket].values.clone()
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
+        return sum(o.state_bytes for held in self._held.values() for o in held.optimizers)
+
+    def save(self) -> bytes:
+        """Parameters and the optimizer's state, as safetensors."""
+        tensors: dict[str, Tensor] = {}
+        for bucket, held in self._held.items():
+            tensors[f"{bucket}"] = held.values
+            for number, optimizer in enumerate(held.optimizers):
+                for piece, state in enumerate(optimizer.state()):
+                    tensors.update({f"{bucket}/{number}/{piece}/{k}": t.clone() for k, t in state.items()})
+        data: bytes = save_tensors(tensors)
+        return data
+
+    def load(self, data: bytes) -> None:
+        """Go on from what `save` has given; states that are not in it begin anew.
+
+        Raises:
+            ProtocolError: not of these parameters.
+        """
+        try:
+            tensors = load_tensors(data)
+        except Exception as error:  # safetensors has an exception of its own
+            raise ProtocolError(f"values that cannot be read ({type(error).__name__})") from error
+        states: dict[tuple[int, int], dict[int, dict[str, Tensor]]] = {}
+        for name, tensor in tensors.items():
+            bucket, *rest = name.split("/", 3)
+            if not bucket.isdecimal() or int(bucket) not in self._held:
+                raise ProtocolError(f"values of {name!r:.40}, which this server does not hold")
+            held = self._held[int(bucket)]
+            if not rest:
+                if (tensor.shape, tensor.dtype) != (held.values.shape, held.values.dtype):
+                    raise ProtocolError(
+                        f"bucket {bucket} is {tuple(held.values.shape)} here, {tuple(tensor.shape)} there"
+                    )
+                held.values.copy_(tensor)
+            elif len(rest) == 3 and rest[0].isdecimal() and rest[1].isdecimal():
+                states.setdefault((int(bucket), int(rest[0])), {}).setdefault(int(rest[1]), {})[rest[2]] = tensor
+            else:
+                raise ProtocolError(f"values of {name!r:.40}, which this server does not hold")
+        for index, held in self._held.items():
+            for number, optimizer in enumerate(held.optimizers):
+                found = states.pop((index, number), {})
+                optimizer.load([found.pop(i, {}) for i in range(len(optimizer.pieces))])
+            held.before.clear()
+            held.begun = held.values.clone() if self.layout.rules.compensation else None
+        if states:
+            raise ProtocolError("optimizer states of parameters that this server does not hold")
+
+
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum in worker order; halves are added in float32 and rounded once, as `comm.ordered` does."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    sum_ = first.float().add_(parts[1]) if first.dtype in _HALF else torch.add(first, parts[1])
+    for part in parts[2:]:
+        sum_.add_(part)
+    return sum_.to(first.dtype)
+
+
+def _whole(gradients: Sequence[Gradient]) -> list[Tensor]:
+    return [g.payloads[0] if len(g.payloads) == 1 else torch.cat(g.payloads) for g in gradients]
+
+
+def _used(range_: BucketRange, gradients: Sequence[Gradient]) -> list[bool]:
+    """Which parameters of the bucket have a gradient on any worker."""
+    bits = [int.from_bytes(g.flags, "little") for g in gradients]
+    together = 0
+    for word in bits:
+        together |= word
+    return [bool(together >> member & 1) for member in range(range_.flags)]
+
+
+def _members(range_: BucketRange, parts: Sequence[Chunk]) -> list[list[int]]:
+    """For each chunk, the positions in the bucket of its pieces' parameters."""
+    member_of = {piece.parameter: member for member, piece in range_.pieces}
+    return [[member_of[piece.parameter] for piece in chunk.pieces] for chunk in parts]

@@ -1,0 +1,375 @@
+"""The worker's side of parameters that servers keep: what is pushed where, what is pulled, who is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.nn import Parameter
+
+from dtrain.comm import collectives
+from dtrain.comm.hosts import HostedBucket, ServerUpdate, StepReport
+from dtrain.errors import ProtocolError, UsageError
+from dtrain.ps import layout as layouts
+from dtrain.ps import wire
+from dtrain.ps.holder import CHUNK_ELEMENTS
+from dtrain.ps.layout import BucketRange, Layout, Rules
+from dtrain.ps.link import Link, Take
+from dtrain.ps.placement import Range, grain, place, table
+from dtrain.ps.update import (
+    Piece,
+    chunks,
+    cut,
+    hyper,
+    merge_states,
+    numbering,
+    spec_of,
+    split_state,
+    total_norm,
+)
+from dtrain.ps.wire import Answer, Closed
+
+if TYPE_CHECKING:
+    from dtrain.ps.client import ParameterServer
+
+
+class Hosting:
+    """See `dtrain.comm.hosts.Hosted`."""
+
+    def __init__(
+        self,
+        comm: ParameterServer,
+        buckets: Sequence[HostedBucket],
+        model: Sequence[tuple[str, Parameter]],
+        update: ServerUpdate,
+    ) -> None:
+        self.steps = 0
+        self._comm = comm
+        self._buckets = list(buckets)
+        self._update = update
+        self._optimizer = update.optimizer
+        spec = spec_of(update.optimizer)
+        numbers = numbering(update.optimizer, model)
+        self._like = {numbers[name][0]: p for name, p in model if name in numbers}
+        missing = [name for bucket in buckets for name, _ in bucket.named if name not in numbers]
+        if missing:
+            raise UsageError(f"{missing[0]} is trained, and the optimizer does not have it: add it, or freeze it")
+        sizes = [[p.numel() for _, p in bucket.named] for bucket in buckets]
+        total = sum(map(sum, sizes))
+        links = comm.links
+        itemsizes = [b.values.element_size() for b in buckets]
+        self._placement = place(sizes, itemsizes, len(links), whole=spec.whole)
+        self._sizes, self._itemsizes = sizes, itemsizes
+        agreed = update.synchronous and (update.backup_workers > 0 or comm.on_loss == "drop")
+        if update.backup_workers >= comm.world_size:
+            raise UsageError(
+                f"backup_workers is {update.backup_workers} of {comm.world_size} workers: leave one at least"
+            )
+        self._rules = Rules(
+            staleness=update.staleness,
+            agreed=agreed,
+            backup_workers=update.backup_workers,
+            clip=update.synchronous and update.clip_grad_norm is not None,
+            damp=update.damping,
+            compensation=update.delay_compensation,
+            grain=grain(total),
+        )
+        pieces = [
+            [
+                Piece(*numbers[name], 0, p.numel(), tuple(p.shape), None if p.is_contiguous() else p.stride())
+                for name, p in b.named
+            ]
+            for b in buckets
+        ]
+        self._layouts = [Layout(self._rules, spec, self._ranges_of(link.server, pieces)) for link in links]
+        self._used = [
+            link
+            for link, layout in zip(links, self._layouts, strict=True)
+            if layout.ranges or (agreed and link.server == 0)  # which counts who is ready
+        ]
+        self._owed = 0  # requests without an answer, of those whose answer says nothing more
+        self._answers: dict[int, tuple[Answer, bytes]] = {}  # by server, of those whose answer does
+        self._open()
+        update.optimizer._opt_called = True  # type: ignore[attr-defined]  # its steps are made elsewhere
+
+    def _ranges_of(self, server: int, pieces: Sequence[Sequence[Piece]]) -> tuple[BucketRange, ...]:
+        found = []
+        for number, (bucket, ranges) in enumerate(zip(self._buckets, self._placement, strict=True)):
+            members = {piece.parameter: member for member, piece in enumerate(pieces[number])}
+            dtype = str(bucket.values.dtype).removeprefix("torch.")
+            for range_ in ranges:
+                if range_.server == server:
+                    inside = [(members[p.parameter], p) for p in cut(pieces[number], range_.start, range_.stop)]
+                    found.append(BucketRange(number, dtype, len(bucket.named), tuple(inside)))
+        return tuple(found)
+
+    def _open(self) -> None:
+        """Describe the parameters to all servers, and hand worker 0's values over."""
+        for link in self._used:
+            data = layouts.encode(self._layouts[link.server])
+            if len(data) > layouts.MAX_BYTES:
+                raise UsageError(f"the model has too many parameters for a server's layout ({len(data)} bytes)")
+            self._ask(link, wire.Open, payload=_tensor(data))
+        self._await("the other workers' description of the parameters")
+        for link in self._used:
+            link.allow(2 * self._layouts[link.server].nbytes)
+        self.restore({})
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def begin(self, share: float) -> None:
+        settings = _tensor(msgpack.packb(hyper(self._optimizer)))
+        for link in self._used:
+            self._query(link, wire.Begin, self.steps, float(share), payload=settings)
+
+    def push(self, bucket: int, present: Sequence[bool]) -> None:
+        flat = self._buckets[bucket].gradient
+        bits = sum(1 << member for member, there in enumerate(present) if there)
+        flags = bits.to_bytes(-(-len(present) // 8), "little")
+        self._comm.traffic.count("gradient/push", flat.nbytes, 0)
+        self._comm.on_host(flat, f"gradient/push{bucket}", lambda host: self._push(bucket, host, flags))
+
+    def _push(self, bucket: int, flat: Tensor, flags: bytes) -> None:
+        where = self._comm.find(flat)
+        for range_ in self._placement[bucket]:
+            link = self._comm.links[range_.server]
+            if where is not None and link.shares:
+                offset = where.offset + range_.start * flat.element_size()
+                self._ask(link, wire.PushShared, self.steps, bucket, flags, where.segment, offset)
+            else:
+                for number, part in enumerate(wire.parts_of(flat[range_.start : range_.stop])):
+                    self._comm.await_credit(link, f"bucket {bucket}")
+                    self._ask(link, wire.Push, self.steps, bucket, number, flags, payload=part)
+        if not self._rules.agreed:
+            self._pull(bucket, self.steps + 1)
+
+    def finish(self, factor: float = 1.0) -> None:
+        self._comm.flush()
+
+    def pull(self) -> StepReport:
+        what = f"step {self.steps}"
+        answers = self._gather(what)
+        if self._rules.agreed:
+            answers = self._agree(what)
+        if self._rules.clip:
+            answers = self._clip(what, answers)
+        closed = [answer for answer, _ in answers if isinstance(answer, Closed)]
+        if len(closed) < len(self._used):
+            raise ProtocolError(f"{what}: a server that has not said that it made the step")
+        if self._rules.agreed:
+            self.steps = min(c.version for c in closed)
+            for bucket in range(len(self._buckets)):
+                self._pull(bucket, self.steps)
+        else:
+            self.steps += 1
+        self._await(what)
+        self._bring_values()
+        return StepReport(max(c.version for c in closed), max(c.behind for c in closed), min(c.counted for c in closed))
+
+    def _agree(self, what: str) -> list[tuple[Answer, bytes]]:
+        """Have the step made of the workers that are ready first, the same on all servers."""
+        ranks = b""
+        self._query(self._used[0], wire.Ready, self.steps)
+        ((chosen, _),) = self._gather(what, 1)
+        if isinstance(chosen, wire.Chosen):
+            ranks = chosen.ranks
+        for link in self._used:
+            self._query(link, wire.Commit, self.steps, ranks)
+        return self._gather(what)
+
+    def _clip(self, what: str, answers: list[tuple[Answer, bytes]]) -> list[tuple[Answer, bytes]]:
+        """Agree on the factor that brings the mean gradient's norm under the limit; it is the same on all workers."""
+        told = {
+            link.server: torch.frombuffer(bytearray(data), dtype=torch.float64)
+            for link, (answer, data) in zip(self._used, answers, strict=True)
+            if isinstance(answer, wire.Squares)
+        }
+        if len(told) == len(self._used):
+            limit = self._update.clip_grad_norm or 0.0
+            factor = limit / (total_norm(self._in_order(told)) + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+            for link in self._used:
+                self._query(link, wire.Clip, self.steps, min(1.0, factor) if factor > 0 else 0.0)
+            return self._gather(what)
+        made = [answer for answer, _ in answers if isinstance(answer, Closed)]
+        for link in self._used:  # another worker was faster, and the factor is known
+            if link.server in told:
+                self._query(link, wire.Clip, self.steps, made[0].factor)
+        late = dict(
+            zip([link.server for link in self._used if link.server in told], self._gather(what, len(told)), strict=True)
+        )
+        return [late.get(link.server, answer) for link, answer in zip(self._used, answers, strict=True)]
+
+    def _in_order(self, told: Mapping[int, Tensor]) -> list[Tensor]:
+        """Blocks' sums of squares in the order of the model, from what each server has of it."""
+        found: dict[tuple[int, int], Tensor] = {}
+        for server, sums in told.items():
+            offset = 0
+            for range_ in self._layouts[server].ranges:
+                for member, piece in range_.pieces:
+                    blocks = -(-piece.numel // self._rules.grain)
+                    found[range_.bucket * 2**20 + member, piece.start] = sums[offset : offset + blocks]
+                    offset += blocks
+        return [found[key] for key in sorted(found)]
+
+    def _pull(self, bucket: int, step: int) -> None:
+        values = self._comm.host_twin(self._buckets[bucket].values, f"gradient/pull{bucket}")
+        where = self._comm.find(values)
+        self._comm.traffic.count("gradient/pull", 0, values.nbytes)
+        for range_ in self._placement[bucket]:
+            link = self._comm.links[range_.server]
+            if where is not None and link.shares:
+                offset = where.offset + range_.start * values.element_size()
+                self._ask(link, wire.PullShared, step, bucket, where.segment, offset)
+                continue
+            for number, part in enumerate(wire.parts_of(values[range_.start : range_.stop])):
+                self._ask(link, wire.Pull, step, bucket, number, take=_into(part))
+
+    def _bring_values(self) -> None:
+        for number, bucket in enumerate(self._buckets):
+            host = self._comm.host_twin(bucket.values, f"gradient/pull{number}")
+            if host is not bucket.values:
+                bucket.values.copy_(host, non_blocking=True)
+
+    # -- between steps ------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        collectives.barrier(self._comm)
+        for bucket in range(len(self._buckets)):
+            self._pull(bucket, self.steps)
+        self._await("the newest parameters")
+        self._bring_values()
+        collectives.barrier(self._comm)
+
+    def optimizer_state(self) -> dict[int, dict[str, Any]]:
+        parts = []
+        for link in self._used:
+            tensors = load_tensors(self._fetch(link))
+            for range_ in self._layouts[link.server].ranges:
+                for number, chunk in enumerate(self._chunks(link.server, range_)):
+                    prefix = f"{range_.bucket}/{number}/"
+                    states: list[dict[str, Tensor]] = [{} for _ in chunk]
+                    for name in [n for n in tensors if n.startswith(prefix)]:
+                        piece, key = name.removeprefix(prefix).split("/")
+                        states[int(piece)][key] = tensors[name]
+                    parts += list(zip(chunk, states, strict=True))
+        return merge_states(parts, self._like)
+
+    def restore(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        collectives.barrier(self._comm)
+        if self._comm.rank == 0:
+            for link in self._used:
+                self._put(link, self._saved_for(link.server, state))
+            self._await("parameters to be taken in")
+        collectives.barrier(self._comm)
+
+    def state_bytes(self) -> int:
+        found = 0
+        for link in self._used:
+            tensors = load_tensors(self._fetch(link))
+            found += sum(t.nbytes for name, t in tensors.items() if "/" in name)
+        return found
+
+    def table(self) -> str:
+        names = [f"{link.server} {link.address}" for link in self._comm.links]
+        return table(names, self._placement, self._sizes, self._itemsizes)
+
+    def close(self) -> None:
+        self._buckets.clear()
+
+    def _saved_for(self, server: int, state: Mapping[int, Mapping[str, Any]]) -> bytes:
+        """What `Holder.load` takes."""
+        tensors: dict[str, Tensor] = {}
+        ranges = {number: r for number, rs in enumerate(self._placement) for r in rs if r.server == server}
+        for held in self._layouts[server].ranges:
+            span: Range = ranges[held.bucket]
+            values = self._buckets[held.bucket].values[span.start : span.stop]
+            tensors[f"{held.bucket}"] = values.detach().to("cpu", copy=True)
+            for number, chunk in enumerate(self._chunks(server, held)):
+                for piece, kept in enumerate(split_state(state, chunk, self._like)):
+                    tensors.update(
+                        {f"{held.bucket}/{number}/{piece}/{k}": t.to("cpu").clone() for k, t in kept.items()}
+                    )
+        data: bytes = save_tensors(tensors)
+        return data
+
+    def _chunks(self, server: int, range_: BucketRange) -> list[tuple[Piece, ...]]:
+        pieces = [piece for _, piece in range_.pieces]
+        limit = max(CHUNK_ELEMENTS, self._rules.grain)
+        whole = self._layouts[server].optimizer.whole
+        return [chunk.pieces for chunk in chunks(pieces, limit, self._rules.grain, whole=whole)]
+
+    def _put(self, link: Link, data: bytes) -> None:
+        parts = [data[i : i + wire.PART_BYTES] for i in range(0, len(data), wire.PART_BYTES)]
+        for number, part in enumerate(parts):
+            self._comm.await_credit(link, "parameters")
+            self._ask(link, wire.Put, number, len(parts), payload=_tensor(part))
+
+    def _fetch(self, link: Link) -> bytes:
+        found: list[bytes] = []
+        total = 1
+        while len(found) < total:
+            self._query(link, wire.Fetch, len(found))
+            ((answer, data),) = self._gather("parameters", 1)
+            total = answer.parts if isinstance(answer, wire.Piece) else 1
+            found.append(data)
+        return b"".join(found)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        link: Link,
+        kind: type[wire.Request],
+        *fields: object,
+        take: Take | None = None,
+        payload: Tensor | None = None,
+    ) -> None:
+        """A request that is waited for by `_await`."""
+        self._owed += 1
+
+        def taken(answer: Answer, data: memoryview | None) -> None:
+            if take is not None:
+                take(answer, data)
+            self._owed -= 1
+
+        link.ask(kind, *fields, take=taken, payload=payload)
+
+    def _query(self, link: Link, kind: type[wire.Request], *fields: object, payload: Tensor | None = None) -> None:
+        """A request whose answer is wanted from `_gather`; one at a time to each server."""
+
+        def taken(answer: Answer, data: memoryview | None) -> None:
+            self._answers[link.server] = (answer, b"" if data is None else bytes(data))
+
+        link.ask(kind, *fields, take=taken, payload=payload)
+
+    def _gather(self, what: str, count: int | None = None) -> list[tuple[Answer, bytes]]:
+        """The answers of all servers, or of those that were asked, in the order of servers."""
+        wanted = len(self._used) if count is None else count
+        self._comm.progress(lambda: len(self._answers) >= wanted, what)
+        found = [self._answers[server] for server in sorted(self._answers)]
+        self._answers.clear()
+        return found
+
+    def _await(self, what: str) -> None:
+        self._comm.progress(lambda: not self._owed, what)
+
+
+def _into(part: Tensor) -> Take:
+    def take(answer: Answer, payload: memoryview | None) -> None:
+        if payload is None:
+            raise ProtocolError(f"{type(answer).__name__} without its payload")
+        came = wire.tensor_of(payload, str(part.dtype).removeprefix("torch."))
+        if came.numel() != part.numel():
+            raise ProtocolError(f"{came.numel()} numbers where {part.numel()} were asked for")
+        part.copy_(came)
+
+    return take
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -1,0 +1,231 @@
+"""A worker and its server's answers: what it asks for, and what it makes of answers that cannot be meant."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from dtrain.errors import CommError, ConnectError, DtrainError, Fenced, Finished, ProtocolError, Rewound, UsageError
+from dtrain.ps import sockets, wire
+from dtrain.ps.client import ParameterServer
+from tests.ps.serving import Running, header, own_socket, sealed, work_and_leave, workers_of
+from tests.strangers import closed_port, listening, says_nothing
+
+Answers = Callable[[wire.Message], list[list[bytes]]]
+"""What an impostor answers a message with."""
+
+
+@contextlib.contextmanager
+def impostor(answers: Answers) -> Iterator[str]:
+    """Address of something that speaks the protocol, and says what it likes."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router = sockets.make(context, zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    over = threading.Event()
+
+    def serve() -> None:
+        while not over.is_set():
+            if router.poll(20):
+                session, head, *_ = router.recv_multipart()
+                for frames in answers(wire.decode(head)):
+                    with contextlib.suppress(zmq.ZMQError):  # it is gone
+                        router.send_multipart([session, *frames])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        over.set()
+        thread.join(5)
+        context.destroy(linger=0)
+
+
+@pytest.fixture
+def no_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The impostor knows nothing of how workers of one host find each other."""
+    monkeypatch.setattr(ParameterServer, "_set_up_board", lambda worker: None)
+
+
+WELCOME = wire.Welcome("here", 1, 0, 2**30, "", "fail")
+
+
+def welcoming(*frames: bytes) -> Answers:
+    """Says Welcome, and then always the same."""
+
+    def answers(message: wire.Message) -> list[list[bytes]]:
+        return [[wire.encode(WELCOME)]] if isinstance(message, wire.Hello) else [list(frames)]
+
+    return answers
+
+
+def joined(address: str) -> ParameterServer:
+    return ParameterServer(address, 0, 1, timeout_s=5, connect_timeout_s=3, lanes="off")
+
+
+BAD_ANSWERS: dict[str, tuple[list[bytes], str]] = {
+    "nothing in it": ([sealed(b"")], "not msgpack"),
+    "not a list": ([sealed(b"\x01")], "not an array"),
+    "another protocol": ([header(77, 5)], "install one version everywhere"),
+    "an unknown kind": ([header(wire.PROTOCOL, 99)], "unknown kind"),
+    "a long header": ([sealed(bytes(5000))], "the limit is"),
+    "a worker's message": ([wire.encode(wire.Bye(""))], "sent Bye"),
+    "a request": ([wire.encode(wire.Fetch(0, 0, 0))], "sent Fetch"),
+    "a sum of nothing": ([wire.encode(wire.Sum(0, 0))], "without its payload"),
+    "three frames": ([wire.encode(wire.Sum(0, 0)), bytes(8), b""], "without its payload"),
+    "done for a sum": ([wire.encode(wire.Done(0))], "without its payload"),
+    "too short a sum": ([wire.encode(wire.Sum(0, 0)), bytes(4)], "1 numbers for metric/x, not 2"),
+    "too long a sum": ([wire.encode(wire.Sum(0, 0)), bytes(12)], "3 numbers for metric/x, not 2"),
+    "an empty sum": ([wire.encode(wire.Sum(0, 0)), b""], "payload of 0 bytes"),
+    "a sum of 7 bytes": ([wire.encode(wire.Sum(0, 0)), bytes(7)], "payload of 7 bytes"),
+    "what was not asked": ([wire.encode(wire.Sum(9, 0)), bytes(8)], "request 9, which was not made"),
+    "always damaged": ([b"\0" * 8], "for the 101th time"),
+    "a wrong crc for ever": ([wire.encode(wire.Sum(0, 1)), bytes(8)], "for the 101th time"),
+}
+
+
+@pytest.mark.usefixtures("no_board")
+@pytest.mark.parametrize(("frames", "words"), BAD_ANSWERS.values(), ids=BAD_ANSWERS.keys())
+def test_an_answer_that_cannot_be_meant_is_an_error_for_good(frames: list[bytes], words: str):
+    with impostor(welcoming(*frames)) as address:
+        worker = joined(address)
+        flat = torch.ones(2)
+        with pytest.raises(ProtocolError, match=words) as caught:
+            worker.all_reduce(flat, "metric/x").wait()
+        assert address in str(caught.value)
+        with pytest.raises(ProtocolError, match=words):
+            worker.all_reduce(flat, "metric/x").wait()
+        assert torch.equal(flat, torch.ones(2))
+        worker.close()
+
+
+@pytest.mark.usefixtures("no_board")
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [
+        (wire.Failed("LayoutError", "x"), ProtocolError),
+        (wire.Failed("Fenced", "x"), Fenced),
+        (wire.Failed("Finished", "x"), Finished),
+        (wire.Failed("CommError", "x"), CommError),
+        (wire.Failed("SystemExit", "x"), CommError),  # only what is ours is made by its name
+        (wire.Failed("annotations", "x"), CommError),
+        (wire.Failed("__builtins__", "x"), CommError),
+        (wire.Failed("Rewound", "x"), CommError),
+        (wire.Rewind(4, "x"), Rewound),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_what_the_server_says_of_the_end(told: wire.Message, kind: type[DtrainError]):
+    with impostor(welcoming(wire.encode(told))) as address:
+        worker = joined(address)
+        with pytest.raises(kind, match="x") as caught:
+            worker.all_reduce(torch.ones(2), "metric/x").wait()
+        assert not isinstance(caught.value, Rewound) or caught.value.epoch == 4
+        worker.close()
+
+
+@pytest.mark.usefixtures("no_board")
+def test_an_answer_that_comes_twice_counts_once():
+    asked: list[wire.Message] = []
+
+    def answers(message: wire.Message) -> list[list[bytes]]:
+        asked.append(message)
+        if isinstance(message, wire.Hello):
+            return [[wire.encode(WELCOME)]]
+        if isinstance(message, wire.Add):
+            again = [[wire.encode(wire.Again())]] * (len(asked) < 5)
+            answer = [wire.encode(wire.Sum(message.seq, 0)), torch.full((2,), 7.0).numpy().tobytes()]
+            return [[wire.encode(wire.Ping())], *again, answer, answer]
+        return []
+
+    with impostor(answers) as address:
+        worker = joined(address)
+        for _ in range(3):
+            flat = torch.ones(2)
+            worker.all_reduce(flat, "metric/x").wait()
+            assert flat.tolist() == [7.0, 7.0]
+        worker.close()
+    assert len({m.seq for m in asked if isinstance(m, wire.Add)}) == 3
+
+
+def test_a_server_that_says_nothing_after_hello():
+    with impostor(lambda _: []) as address:
+        started = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dtrain.ps.client._MARGIN_S", 0.3)
+            with pytest.raises(ConnectError, match="said nothing for"):
+                ParameterServer(address, 0, 1, timeout_s=1, connect_timeout_s=0.7)
+        assert time.monotonic() - started < 5
+
+
+def test_nobody_and_somebody_else_at_the_address():
+    with pytest.raises(ConnectError, match="is the server started"):
+        ParameterServer(f"tcp://127.0.0.1:{closed_port()}", 0, 1, connect_timeout_s=0.3)
+    with listening(says_nothing) as port, pytest.raises(ProtocolError, match="not dtrain's server"):
+        ParameterServer(f"tcp://127.0.0.1:{port}", 0, 1, connect_timeout_s=0.5)
+
+
+def test_two_servers_named_in_another_order(own_temporary_directory: Path):
+    running = [Running(own_socket(own_temporary_directory), 1, server=s, num_servers=2) for s in range(2)]
+    addresses = [r.address for r in running]
+    for wrong in (addresses[::-1], addresses[:1]):
+        with pytest.raises(UsageError, match="in the same order"):
+            ParameterServer(wrong, 0, 1, timeout_s=5, connect_timeout_s=3)
+    work_and_leave(workers_of(",".join(addresses), 1))
+    assert [r.ended() for r in running] == [None, None]
+
+
+@pytest.mark.parametrize("lanes", ["on", "", "shm"])
+def test_lanes_that_there_are_not(lanes: str):
+    with pytest.raises(UsageError, match="lanes is"):
+        ParameterServer("tcp://127.0.0.1:1", 0, 1, lanes=lanes)
+
+
+def test_staging_buffers_are_few(own_temporary_directory: Path):
+    """Tensors from elsewhere are copied into shared memory; buffers are used again when they are back."""
+    running = Running(own_socket(own_temporary_directory), 1)
+    (worker,) = workers_of(running.address, 1)
+    assert worker.shares
+    made = []
+    original = worker.shared_bytes
+    worker.shared_bytes = lambda nbytes: (made.append(nbytes), original(nbytes))[1]  # type: ignore[method-assign]
+    for _ in range(10):
+        flats = [torch.full((100_000,), 2.0), torch.full((100_000,), 3.0)]
+        works = [worker.all_reduce(flat, f"gradient/{i}") for i, flat in enumerate(flats)]
+        for work in works:
+            work.wait()
+        assert [f.tolist() for f in flats] == [[2.0] * 100_000, [3.0] * 100_000]
+    assert len(made) == 2
+    small = torch.ones(10)
+    worker.all_reduce(small, "metric/x").wait()
+    assert len(made) == 2  # what is small is sent
+    worker.close()
+    assert running.ended() is None
+
+
+def test_credit_bounds_what_is_under_way():
+    """A server that takes 4 MiB at once gets 20 MiB all the same."""
+    running = Running("tcp://127.0.0.1:0", 2, credit_bytes=4 * 2**20)
+    workers = workers_of(running.address, lanes="off")
+    flats = [torch.full((5 * 2**20,), w.rank + 1.0) for w in workers]
+    sums: list[torch.Tensor] = []
+
+    def work(worker: ParameterServer) -> None:
+        worker.all_reduce(flats[worker.rank], "gradient/0").wait()
+        sums.append(flats[worker.rank])
+
+    threads = [threading.Thread(target=work, args=(w,)) for w in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [torch.equal(s, torch.full_like(s, 3.0)) for s in sums] == [True, True]
+    work_and_leave(workers)
+    assert running.ended() is None
