@@ -19,7 +19,7 @@ train: $(READY) ## train the digits over a parameter server and over all-reduce,
 	$(BIN)/dtrain compare digits --backends ps,allreduce --workers 2 --epochs 10
 
 test: $(READY) ## the tests of every commit (PYTEST_ARGS="-k ring -x")
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-all: $(READY) ## every test, the slow ones too
 	$(BIN)/pytest $(PYTEST_ARGS)

@@ -6,6 +6,7 @@ copied to whoever waits for them, while the chunk is there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class Holder:
         self._pool = pool
         self._held = {r.bucket: _Held(layout, r) for r in layout.ranges}
         self._found: list[Tensor] = []
+        self._scratch = threading.local()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -85,7 +87,7 @@ class Holder:
         def do(number: int) -> None:
             chunk, optimizer = held.chunks[number], held.optimizers[number]
             part = slice(chunk.start, chunk.stop)
-            gradient = total([p[part] for p in parts])
+            gradient = self._total([p[part] for p in parts])
             if update.factor != 1.0:
                 gradient = gradient * update.factor
             if before is not None:  # Zheng et al. 2017, equation 5
@@ -120,6 +122,21 @@ class Holder:
     def measured(self) -> Tensor:
         """Sums of squares of the last `measure`, float64, bucket by bucket."""
         return torch.cat(self._found) if self._found else torch.zeros(0, dtype=torch.float64)
+
+    def _total(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum of a chunk, in memory that each thread uses over and over: fresh memory costs as much as the sum."""
+        first = parts[0]
+        if len(parts) == 1 or first.dtype in _HALF or first.numel() > CHUNK_ELEMENTS:
+            return total(parts)
+        name = str(first.dtype)
+        scratch: Tensor | None = getattr(self._scratch, name, None)
+        if scratch is None:
+            scratch = torch.empty(CHUNK_ELEMENTS, dtype=first.dtype)
+            setattr(self._scratch, name, scratch)
+        sum_ = torch.add(first, parts[1], out=scratch[: first.numel()])
+        for part in parts[2:]:
+            sum_.add_(part)
+        return sum_
 
     # -- pulls --------------------------------------------------------------------------------------------------------
 

@@ -256,7 +256,7 @@ class Server:
         if send.payload is not None:
             payload = wire.bytes_of(send.payload)
             self._counts["sent_bytes"] += len(payload)
-            if self._checksums and isinstance(message, Sum | wire.Piece | wire.Squares):
+            if self._checksums and isinstance(message, Sum | wire.Piece | wire.Squares) and not message.checksum:
                 message = replace(message, checksum=wire.checksum_of(payload))
             frames += [wire.encode(message), payload]  # type: ignore[list-item]
         else:
@@ -327,12 +327,14 @@ class Server:
 
         def answer() -> None:
             self._counts["rounds"] += 1
+            by_socket = len(shared) < len(effect.parts)
+            checksum = wire.checksum_of(wire.bytes_of(outputs[0])) if self._checksums and by_socket else 0
             for session, part in effect.parts:
                 if part.shared:
                     self._act(self._shard.answer(session, Done(part.seq)))
                 else:
                     payload = outputs[0] if not shared else outputs[0].clone()
-                    self._act(self._shard.answer(session, Sum(part.seq, 0), payload))
+                    self._act(self._shard.answer(session, Sum(part.seq, checksum), payload))
 
         if parts[0].nbytes <= _AT_ONCE_BYTES:
             sum_ = total(parts)

@@ -22,6 +22,9 @@ DEAD_AFTER_S = 3.0
 GRACE_S = 1.5
 """How long a disconnected peer may take to come back over a network. On one host nothing breaks but processes."""
 
+_KERNEL_BYTES = 4 * 2**20
+"""What the kernel may hold of a connection in each direction, if the system allows it: fewer, larger copies."""
+
 _HANDSHAKE_S = 5.0
 _TELL_S = 2.0
 """How long to go on after the first failed handshake: the side that hangs up first does not always say why."""
@@ -34,6 +37,8 @@ def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes
     """A socket of that kind. Queues have no limit here: what is in flight is bounded by what workers hold anyway."""
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDBUF, _KERNEL_BYTES)
+    socket.setsockopt(zmq.RCVBUF, _KERNEL_BYTES)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, PART_BYTES + 4096)

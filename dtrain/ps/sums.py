@@ -82,7 +82,7 @@ def reduce(
 
 def _piece_bytes(parts: int) -> int:
     """Size of a piece of each part: whole pages."""
-    return max(2**16, _CACHE_BYTES // max(4, parts) & -4096)
+    return max(2**16, _CACHE_BYTES // max(2, parts) & -4096)
 
 
 def _array(flat: Tensor) -> Any:

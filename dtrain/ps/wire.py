@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import msgpack
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class Add(Request):
     call: int  # how many transfers of this key came before
     part: int
     dtype: str
-    checksum: int  # crc32 of the payload, 0 where the transport needs none
+    checksum: int  # of the payload, see `checksum_of`; 0 where the transport needs none
 
 
 @dataclass(frozen=True)
@@ -369,6 +370,9 @@ _FIELDS = {
 _TEXT_BYTES = 2048
 """Longest text in a header."""
 
+_BLOCKS = 16
+_SUMMED_BYTES = 32 * 2**10
+
 _LARGEST = 2**63
 """Above all numbers in a header."""
 
@@ -466,8 +470,16 @@ def bytes_of(flat: Tensor) -> memoryview:
 
 
 def checksum_of(payload: memoryview) -> int:
-    """crc32 of a payload, never 0 (which stands for none)."""
-    return zlib.crc32(payload) or 1
+    """Checksum of a payload, never 0 (which stands for none).
+
+    The crc32 of short ones. Of long ones it is the crc32 of the sums of 16 blocks of 64-bit words, and of what is left:
+    a tenth of the time. Whatever changes a word shows, and so do changes of several, unless they cancel in a block.
+    """
+    if len(payload) < _SUMMED_BYTES:
+        return zlib.crc32(payload) or 1
+    whole = len(payload) // (8 * _BLOCKS) * 8 * _BLOCKS
+    words = np.frombuffer(payload, dtype=np.uint64, count=whole // 8).reshape(_BLOCKS, -1)
+    return zlib.crc32(payload[whole:], zlib.crc32(np.add.reduce(words, axis=1).data)) or 1
 
 
 def parts_of(flat: Tensor) -> list[Tensor]:

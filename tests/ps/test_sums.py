@@ -109,7 +109,7 @@ def test_a_sum_can_be_made_a_little_at_a_time():
     work, turns = Reduction(parts, parts), 1
     while not work.advance(0.0):
         turns += 1
-    assert turns == 5  # pieces of 256 KiB
+    assert turns == 3  # pieces of 512 KiB
     assert work.advance(0.0)
     assert same(parts[0], wanted)
     assert same(parts[1], wanted)
