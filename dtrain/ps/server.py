@@ -103,6 +103,7 @@ class Server:
         self._jobs: deque[_Job] = deque()
         self._saved: dict[int, bytes] = {}
         self._strangers = 0
+        self._lives = 0  # epochs that have ended here
         self._counts: Counter[str] = Counter()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -229,9 +230,12 @@ class Server:
     # -- what follows -------------------------------------------------------------------------------------------------
 
     def _act(self, effects: Sequence[Effect]) -> None:
+        life = self._lives
         for effect in effects:
             if isinstance(effect, Send):
                 self._send(effect)
+            elif life != self._lives and not isinstance(effect, Forget):
+                continue  # a message that could not be sent has ended the epoch that this belongs to
             elif isinstance(effect, SumUp):
                 self._sum_up(effect)
             elif isinstance(effect, Map):
@@ -241,6 +245,8 @@ class Server:
             else:
                 try:
                     self._hold(effect)
+                except _Forgotten:
+                    return
                 except Exception as error:
                     self._break(error)
 
@@ -287,6 +293,7 @@ class Server:
     def _forget(self, effect: Forget) -> None:
         """Sessions are over, or all are: an epoch has ended, and with it all that was under way."""
         if not effect.sessions:
+            self._lives += 1
             for job in self._jobs:
                 if job.task is not None:
                     with contextlib.suppress(Exception):  # nobody wants it any more
@@ -316,6 +323,9 @@ class Server:
                     return
                 self._jobs.popleft()
                 job.then()
+            except _Forgotten:
+                if self._jobs and self._jobs[0] is job:
+                    self._jobs.popleft()
             except Exception as error:
                 self._break(error)
 
@@ -372,7 +382,7 @@ class Server:
     @property
     def _held(self) -> Holder:
         if self._holder is None:
-            raise ProtocolError("a request for parameters, before they were described")
+            raise _Forgotten
         return self._holder
 
     def _update(self, work: store.Update) -> None:
@@ -441,6 +451,10 @@ def _check_memory(nbytes: int) -> None:
             f"parameters of {nbytes / 2**20:.0f} MiB for this server, and its host has {left / 2**20:.0f} MiB left: "
             "start more servers, on more hosts"
         )
+
+
+class _Forgotten(Exception):
+    """An epoch ended, because an answer showed that somebody was gone, while what it had asked for was being done."""
 
 
 def _nothing() -> Task:
