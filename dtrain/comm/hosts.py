@@ -97,7 +97,7 @@ class Hosted(Protocol):
             present: which of its parameters have a gradient here.
         """
 
-    def finish(self, factor: float = 1.0) -> None:
+    def finish(self) -> None:
         """All buckets have been pushed."""
 
     def pull(self) -> StepReport:
@@ -117,9 +117,6 @@ class Hosted(Protocol):
 
     def table(self) -> str:
         """What each server keeps, to be printed."""
-
-    def close(self) -> None:
-        """Forget them here."""
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dtrain import generators
 from dtrain.comm.base import Traffic, Work, check_flat
-from dtrain.comm.ordered import OrderedSum
+from dtrain.comm.ordered import total
 from dtrain.errors import CommError, LayoutError, UsageError
 
 T = TypeVar("T")
@@ -251,11 +251,8 @@ def run_threads(
 
 
 def _total(flats: dict[int, Tensor]) -> Tensor:
-    total = OrderedSum(len(flats))
     device = flats[0].device
-    for rank in range(len(flats)):
-        total.add(rank, flats[rank].to(device))
-    return total.result()
+    return total([flats[rank].to(device) for rank in range(len(flats))])
 
 
 def _same_kind(key: str, flats: dict[int, Tensor]) -> None:

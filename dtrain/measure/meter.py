@@ -113,7 +113,6 @@ class _TimedHosted:
         self.restore = inner.restore
         self.state_bytes = inner.state_bytes
         self.table = inner.table
-        self.close = inner.close
 
     @property
     def steps(self) -> int:
@@ -127,9 +126,9 @@ class _TimedHosted:
         with self._meter.blocked():
             self._inner.push(bucket, present)
 
-    def finish(self, factor: float = 1.0) -> None:
+    def finish(self) -> None:
         with self._meter.blocked():
-            self._inner.finish(factor)
+            self._inner.finish()
 
     def pull(self) -> StepReport:
         with self._meter.blocked():

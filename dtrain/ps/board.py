@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.base import DTYPES, LANES, lane_of
+from dtrain.comm.ordered import total
 from dtrain.errors import LayoutError
-from dtrain.ps.holder import total
 
 MOST_BYTES = 16 * 2**10
 """Largest tensor on a board."""

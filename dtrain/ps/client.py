@@ -26,7 +26,7 @@ from dtrain.errors import CommError, ConnectError, Preempted, ProtocolError, Rew
 from dtrain.ps import board, sockets, wire
 from dtrain.ps import lanes as lanes_
 from dtrain.ps.hosting import Hosting
-from dtrain.ps.link import Joining, Link
+from dtrain.ps.link import Joining, Link, copy_into
 from dtrain.ps.memory import Buffers, Place, Staging, bytes_as, size_class
 from dtrain.ps.placement import Range, split_even
 from dtrain.ps.staging import DeviceCopy, pinned
@@ -201,16 +201,17 @@ class ParameterServer:
         """Where a flat tensor lies in shared memory, if it does."""
         return self._buffers.find(flat)
 
-    def on_host(self, flat: Tensor, key: str, then: Callable[[Tensor], None]) -> None:
-        """Call `then` with the tensor as the host has it: at once, or when a device has copied it."""
+    def on_host(self, flat: Tensor, key: str, then: Callable[[Tensor], None]) -> DeviceCopy | None:
+        """Call `then` with the tensor as the host has it: at once, or when a device has copied it, by what is given."""
         with self._lock:
             self.check()
             if flat.device.type == "cpu":
                 then(flat)
-            else:
-                copy = DeviceCopy(flat, host := self.host_twin(flat, key))
-                self._device_copies.append((copy, lambda: then(host)))
-                self._push_device_copies()
+                return None
+            copy = DeviceCopy(flat, host := self.host_twin(flat, key))
+            self._device_copies.append((copy, lambda: then(host)))
+            self._push_device_copies()
+            return copy
 
     def host_twin(self, flat: Tensor, key: str) -> Tensor:
         """The tensor itself, or for one of a device its twin in the host's memory, always the same."""
@@ -351,15 +352,13 @@ class ParameterServer:
 
     def _start_from_device(self, flat: Tensor, key: str, call: int, transfer: _Transfer) -> None:
         """The same for a tensor of a device: it is copied to pinned memory while the device computes on."""
-        host = self.host_twin(flat, key)
-        transfer.device = DeviceCopy(flat, host)
         transfer.missing += 1  # until it has been sent
 
-        def go() -> None:
+        def go(host: Tensor) -> None:
             self._start(host, key, call, transfer)
             transfer.missing -= 1
 
-        self._device_copies.append((transfer.device, go))
+        transfer.device = self.on_host(flat, key, go)
 
     def _push_device_copies(self) -> None:
         """Send what devices have finished copying, in order."""
@@ -531,12 +530,7 @@ class _Into:
         self._transfer = transfer
 
     def __call__(self, answer: Answer, payload: memoryview | None) -> None:
-        if payload is None:
-            raise ProtocolError(f"{type(answer).__name__} for {self._transfer.key}, without its payload")
-        came = wire.tensor_of(payload, str(self._part.dtype).removeprefix("torch."))
-        if came.numel() != self._part.numel():
-            raise ProtocolError(f"{came.numel()} numbers for {self._transfer.key}, not {self._part.numel()}")
-        self._part.copy_(came)
+        copy_into(self._part, answer, payload, self._transfer.key)
         self._transfer.is_done(answer, None)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from dtrain.comm.ordered import HALVES, total
 from dtrain.errors import ProtocolError
 from dtrain.ps.layout import BucketRange, Layout
 from dtrain.ps.store import Gradient, Update
@@ -24,7 +25,6 @@ from dtrain.ps.update import Chunk, Hyper, ShardOptimizer, chunks, decode_hyper,
 from dtrain.ps.wire import DTYPE_NAMES
 
 CHUNK_ELEMENTS = 2**18
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class _Held:
@@ -126,17 +126,14 @@ class Holder:
     def _total(self, parts: Sequence[Tensor]) -> Tensor:
         """The sum of a chunk, in memory that each thread uses over and over: fresh memory costs as much as the sum."""
         first = parts[0]
-        if len(parts) == 1 or first.dtype in _HALF or first.numel() > CHUNK_ELEMENTS:
+        if len(parts) == 1 or first.dtype in HALVES or first.numel() > CHUNK_ELEMENTS:
             return total(parts)
         name = str(first.dtype)
         scratch: Tensor | None = getattr(self._scratch, name, None)
         if scratch is None:
             scratch = torch.empty(CHUNK_ELEMENTS, dtype=first.dtype)
             setattr(self._scratch, name, scratch)
-        sum_ = torch.add(first, parts[1], out=scratch[: first.numel()])
-        for part in parts[2:]:
-            sum_.add_(part)
-        return sum_
+        return total(parts, out=scratch[: first.numel()])
 
     # -- pulls --------------------------------------------------------------------------------------------------------
 
@@ -150,11 +147,6 @@ class Holder:
             self._held[bucket].before[rank] = self._held[bucket].values.clone()
 
     # -- state --------------------------------------------------------------------------------------------------------
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's state."""
-        return sum(o.state_bytes for held in self._held.values() for o in held.optimizers)
 
     def save(self) -> bytes:
         """Parameters and the optimizer's state, as safetensors."""
@@ -201,17 +193,6 @@ class Holder:
             held.begun = held.values.clone() if self.layout.rules.compensation else None
         if states:
             raise ProtocolError("optimizer states of parameters that this server does not hold")
-
-
-def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum in worker order; halves are added in float32 and rounded once, as `comm.ordered` does."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    sum_ = first.float().add_(parts[1]) if first.dtype in _HALF else torch.add(first, parts[1])
-    for part in parts[2:]:
-        sum_.add_(part)
-    return sum_.to(first.dtype)
 
 
 def _whole(gradients: Sequence[Gradient]) -> list[Tensor]:

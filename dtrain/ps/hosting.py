@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from dtrain.ps import layout as layouts
 from dtrain.ps import wire
 from dtrain.ps.holder import CHUNK_ELEMENTS
 from dtrain.ps.layout import BucketRange, Layout, Rules
-from dtrain.ps.link import Link, Take
+from dtrain.ps.link import Link, Take, copy_into
 from dtrain.ps.placement import Range, grain, place, table
 from dtrain.ps.update import (
     Piece,
@@ -148,7 +149,7 @@ class Hosting:
         if not self._rules.agreed:
             self._pull(bucket, self.steps + 1)
 
-    def finish(self, factor: float = 1.0) -> None:
+    def finish(self) -> None:
         self._comm.flush()
 
     def pull(self) -> StepReport:
@@ -227,7 +228,14 @@ class Hosting:
                 self._ask(link, wire.PullShared, step, bucket, where.segment, offset)
                 continue
             for number, part in enumerate(wire.parts_of(values[range_.start : range_.stop])):
-                self._ask(link, wire.Pull, step, bucket, number, take=_into(part))
+                self._ask(
+                    link,
+                    wire.Pull,
+                    step,
+                    bucket,
+                    number,
+                    take=functools.partial(copy_into, part, what=f"bucket {bucket}"),
+                )
 
     def _bring_values(self) -> None:
         for number, bucket in enumerate(self._buckets):
@@ -277,9 +285,6 @@ class Hosting:
     def table(self) -> str:
         names = [f"{link.server} {link.address}" for link in self._comm.links]
         return table(names, self._placement, self._sizes, self._itemsizes)
-
-    def close(self) -> None:
-        self._buckets.clear()
 
     def _saved_for(self, server: int, state: Mapping[int, Mapping[str, Any]]) -> bytes:
         """What `Holder.load` takes."""
@@ -357,18 +362,6 @@ class Hosting:
 
     def _await(self, what: str) -> None:
         self._comm.progress(lambda: not self._owed, what)
-
-
-def _into(part: Tensor) -> Take:
-    def take(answer: Answer, payload: memoryview | None) -> None:
-        if payload is None:
-            raise ProtocolError(f"{type(answer).__name__} without its payload")
-        came = wire.tensor_of(payload, str(part.dtype).removeprefix("torch."))
-        if came.numel() != part.numel():
-            raise ProtocolError(f"{came.numel()} numbers where {part.numel()} were asked for")
-        part.copy_(came)
-
-    return take
 
 
 def _tensor(data: bytes) -> Tensor:

@@ -20,7 +20,7 @@ import zmq
 from torch import Tensor
 
 from dtrain import errors
-from dtrain.errors import CommError, ConnectError, DtrainError, ProtocolError, Rewound, StateLost, UsageError
+from dtrain.errors import CommError, DtrainError, ProtocolError, Rewound, StateLost
 from dtrain.ps import keys, lanes, sockets, wire
 from dtrain.ps.wire import Answer, Message
 
@@ -336,6 +336,20 @@ class Link:
         self._asked.clear()
 
 
+def copy_into(part: Tensor, answer: Answer, payload: memoryview | None, what: str) -> None:
+    """Take the numbers that came with an answer.
+
+    Raises:
+        ProtocolError: there are none, or not as many.
+    """
+    if payload is None:
+        raise ProtocolError(f"{type(answer).__name__} for {what}, without its payload")
+    came = wire.tensor_of(payload, str(part.dtype).removeprefix("torch."))
+    if came.numel() != part.numel():
+        raise ProtocolError(f"{came.numel()} numbers for {what}, not {part.numel()}")
+    part.copy_(came)
+
+
 def error_of(kind: str, text: str) -> DtrainError:
     """The error that was told by its name; a CommError if this side does not know the name."""
     known = getattr(errors, kind, None) if kind in _TOLD else None
@@ -343,10 +357,7 @@ def error_of(kind: str, text: str) -> DtrainError:
     return made
 
 
-_TOLD = {e.__name__ for e in (ConnectError, ProtocolError, UsageError)} | {
-    "LayoutError",
-    "Fenced",
-    "Finished",
-    "StateLost",
-    "DataError",
-}
+_TOLD = (
+    *("ConnectError", "DataError", "Fenced", "Finished"),
+    *("LayoutError", "ProtocolError", "StateLost", "UsageError"),
+)

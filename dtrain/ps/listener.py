@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket as net
 from pathlib import Path
 from urllib.parse import urlparse
 
 import zmq
 
-from dtrain.errors import UsageError
+from dtrain.errors import DtrainError, UsageError
 from dtrain.ps import keys as curve
 from dtrain.ps import sockets
+
+log = logging.getLogger(__name__)
 
 
 class Listener:
@@ -46,6 +49,7 @@ class Listener:
         self.router = sockets.make(self._context, zmq.ROUTER)
         self.router.setsockopt(zmq.SNDHWM, send_queue)
         self.router.setsockopt(zmq.RCVHWM, receive_queue)
+        self._strangers = 0
         self.pair: curve.Keys | None = None
         """The servers' keys, where there are some."""
         try:
@@ -61,6 +65,12 @@ class Listener:
             self._end_context()
             raise
         self.address = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def warn(self, error: DtrainError, *, known: bool = False) -> None:
+        """Log what was refused: of members always, of strangers seldom, who could fill a disk."""
+        self._strangers += not known
+        if known or self._strangers in (1, 10, 100, 1000, 10_000, 100_000):
+            log.warning("refused %s%s", error, f" ({self._strangers} so far)" if self._strangers > 1 else "")
 
     def close(self) -> None:
         """Close the socket and remove its file."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
-import logging
 import re
 import secrets
 import time
@@ -26,8 +25,6 @@ from dtrain.ps.link import error_of
 from dtrain.ps.listener import Listener
 from dtrain.ps.members import Send, Session, refusal
 from dtrain.ps.wire import Failed, Hello, Located, Lookup, Message, Numbered, Register
-
-log = logging.getLogger(__name__)
 
 MOST_SERVERS = 1000
 _MOST_WAITING = 10_000
@@ -211,7 +208,6 @@ class Scheduler:
         self._roll = Roll(num_servers, num_workers, job_id=job_id, host_only=host_only)
         self._timeout_s = timeout_s
         self._idle_s = idle_s
-        self._strangers = 0
         self._stopped = False
 
     def run(self) -> None:
@@ -255,7 +251,7 @@ class Scheduler:
                 self._send(self._handle(session, frames[1:]))
                 meant = True
             except (UsageError, ProtocolError) as error:
-                self._warn(error)
+                self._listener.warn(error)
                 told = ProtocolError(str(error)) if isinstance(error, wire.Damaged) else error
                 self._send([refusal(session, told)])
         return meant
@@ -276,11 +272,6 @@ class Scheduler:
             except zmq.ZMQError as error:  # it has gone, or does not read
                 if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                     raise
-
-    def _warn(self, error: DtrainError) -> None:
-        self._strangers += 1
-        if self._strangers in (1, 10, 100, 1000, 10_000, 100_000):
-            log.warning("refused %s%s", error, f" ({self._strangers} so far)" if self._strangers > 1 else "")
 
 
 # -- the other side ---------------------------------------------------------------------------------------------------

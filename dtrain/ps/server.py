@@ -17,10 +17,11 @@ import torch
 import zmq
 from torch import Tensor
 
+from dtrain.comm.ordered import total
 from dtrain.errors import CommError, DtrainError, ProtocolError, UsageError
 from dtrain.processes import cores
 from dtrain.ps import lanes, metrics, sockets, store, wire
-from dtrain.ps.holder import Holder, total
+from dtrain.ps.holder import Holder
 from dtrain.ps.link import error_of
 from dtrain.ps.listener import Listener
 from dtrain.ps.members import Send, Session, Terms
@@ -102,7 +103,6 @@ class Server:
         self._segments: dict[tuple[Session, int], lanes.Segment] = {}
         self._jobs: deque[_Job] = deque()
         self._saved: dict[int, bytes] = {}
-        self._strangers = 0
         self._lives = 0  # epochs that have ended here
         self._counts: Counter[str] = Counter()
 
@@ -174,7 +174,8 @@ class Server:
             if isinstance(message, wire.Hello):
                 message = replace(message, probe=lanes.answer(message.probe) if message.probe else "")
         except ProtocolError as error:
-            self._warn(error, known)
+            self._counts["refused_messages"] += 1
+            self._listener.warn(error, known=known)
             return self._shard.refuse(session, error if known else ProtocolError(str(error)))
         self._count(payload, message)
         return self._shard.receive(session, message, payload, time.monotonic())
@@ -219,13 +220,6 @@ class Server:
         if found is None:
             raise ProtocolError(f"segment {number}, which was not shared")
         return found
-
-    def _warn(self, error: DtrainError, known: bool) -> None:
-        """A line of log for each kind of trouble, not for each message: a stranger could fill a disk."""
-        self._strangers += not known
-        self._counts["refused_messages"] += 1
-        if known or self._strangers in (1, 10, 100, 1000, 10_000, 100_000):
-            log.warning("refused %s%s", error, f" ({self._strangers} so far)" if self._strangers > 1 else "")
 
     # -- what follows -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.base import DTYPES
+from dtrain.comm.ordered import HALVES
+from dtrain.comm.ordered import total as in_order
 from dtrain.errors import UsageError
 from dtrain.ps.tasks import Pool, Task
 
@@ -25,8 +27,6 @@ _CACHE_BYTES = 2**20
 
 _ALONE_BYTES = 2**20
 """Inputs up to this size are summed by the caller: another thread would wake up when the work is done."""
-
-_HALF = (torch.float16, torch.bfloat16)
 
 Step = Callable[[Tensor, int], Tensor]
 """Gets a piece's sum and the index of its first element; returns what the outputs are to receive in its place, as many
@@ -49,7 +49,7 @@ class Reduction(Task):
         """
         _check(parts, outputs)
         first = parts[0]
-        self._add = _add_halves if first.dtype in _HALF else _add_arrays
+        self._add = _add_halves if first.dtype in HALVES else _add_arrays
         self._step = step
         arrays = {id(t): _array(t) for t in (*parts, *outputs)}
         self._parts = [arrays[id(t)] for t in parts]
@@ -87,7 +87,7 @@ def _piece_bytes(parts: int) -> int:
 
 def _array(flat: Tensor) -> Any:
     """The same memory as numpy sees it, where numpy knows the type; else as it is. Both are used alike."""
-    return flat if flat.dtype in _HALF else flat.numpy()
+    return flat if flat.dtype in HALVES else flat.numpy()
 
 
 def _target(parts: Sequence[Tensor], outputs: Sequence[Tensor]) -> int | None:
@@ -112,12 +112,10 @@ def _add_arrays(parts: list[Any], place: Any) -> Any:
 
 def _add_halves(parts: list[Any], place: Any) -> Any:
     """The same in float32, rounded once."""
-    if len(parts) == 1:
-        return parts[0].clone() if place is None else place.copy_(parts[0])
-    total = parts[0].float()
-    for part in parts[1:]:
-        total.add_(part)
-    return total.to(parts[0].dtype) if place is None else place.copy_(total)
+    total = in_order(parts)
+    if place is not None:
+        return place.copy_(total)
+    return total.clone() if len(parts) == 1 else total
 
 
 def _check(parts: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

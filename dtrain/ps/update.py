@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dtrain.comm.ordered import HALVES
 from dtrain.errors import ProtocolError, UsageError
 
 Value = float | int | bool | str | None | tuple[float | None, ...]
@@ -33,7 +34,6 @@ MAX_GROUPS = 2**17
 _FUSED: dict[str, Any] = {"fused": True}
 _FOREACH: dict[str, Any] = {"foreach": True}
 _LOOP: dict[str, Any] = {"foreach": False}
-_HALF = (torch.float16, torch.bfloat16)
 _CLASSES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     # Fastest of what does not depend on cuts, on a chunk of 1 MiB in one thread: tests/ps/test_update.py compares bits.
     "SGD": (torch.optim.SGD, _FUSED),
@@ -368,7 +368,7 @@ class ShardOptimizer:
             for g in self._present
         ]
         cls, flags = _CLASSES[spec.name]
-        if spec.name == "SGD" and values.dtype in _HALF:
+        if spec.name == "SGD" and values.dtype in HALVES:
             flags = _LOOP  # torch 2.13: the fused kernel leaves most elements of halves as they are
         defaults: dict[str, Any] = {**spec.groups[0], **flags}
         self._optimizer = cls(groups, **defaults)

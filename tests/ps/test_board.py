@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dtrain.comm.base import DTYPES
-from dtrain.comm.ordered import OrderedSum
 from dtrain.errors import LayoutError
 from dtrain.ps import board
 from dtrain.ps.board import Board
+from tests.ps.test_sums import in_order
 
 KEY = "norm/layer"
 
@@ -27,13 +27,11 @@ def test_the_bits_are_those_of_a_server(dtype: torch.dtype, workers: int):
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(0, 40, (workers, 257), generator=generator)
     parts = [(row / 7 if dtype.is_floating_point else row).to(dtype) for row in numbers]
-    wanted = OrderedSum(workers)
-    for rank, part in enumerate(parts):
-        wanted.add(rank, part.clone())
+    wanted = in_order(parts)
     all_ = boards(workers)
     posts = [b.post(part, KEY) for b, part in reversed(list(zip(all_, parts, strict=True)))][::-1]
     assert all(b.advance(p) for b, p in zip(all_, posts, strict=True))
-    assert all(torch.equal(part, wanted.result()) for part in parts)
+    assert all(torch.equal(part, wanted) for part in parts)
 
 
 def test_who_is_missing():
