@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -313,7 +314,7 @@ class ServerCommand:
             which = f", as server {server.terms.server} of {server.terms.num_servers}" if place.scheduler else ""
             print(f"listening at {server.address} for {place.world_size} workers{which}", flush=True)
         try:
-            server.run()
+            return _serve(server)
         except DtrainError as error:
             if place.launcher_fd is None:
                 raise
@@ -323,7 +324,6 @@ class ServerCommand:
             if metrics is not None:
                 metrics.close()
             server.close()
-        return 0
 
     def _told_servers(self, place: env.Place) -> int | None:
         """How many servers there are; None if the scheduler alone knows."""
@@ -415,10 +415,9 @@ class SchedulerCommand:
         )
         try:
             print(f"listening at {scheduler.address} for {servers} servers, {place.world_size} workers", flush=True)
-            scheduler.run()
+            return _serve(scheduler)
         finally:
             scheduler.close()
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,6 +523,25 @@ def _split_launch(arguments: list[str]) -> tuple[list[str], list[str]]:
             return arguments[:position], arguments[position + 1 :]
         position += 1 if "=" in flag or flag in ("-h", "--help") else 2
     return arguments[:position], arguments[position:]
+
+
+def _serve(service: Server | Scheduler) -> int:
+    """Run it to its end, or to a signal; the exit code.
+
+    A handler that raised would be lost where the interpreter cannot let an exception through, in a destructor for one.
+    """
+    caught: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        if caught:
+            os._exit(128 + number)  # it did not end after the first one
+        caught.append(number)
+        service.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    service.run()
+    return 128 + caught[0] if caught else 0
 
 
 def _guarded(work: Callable[[], int]) -> int:

@@ -231,7 +231,7 @@ class Scheduler:
                 raise error
 
     def stop(self) -> None:
-        """Make `run` return soon; may be called from another thread."""
+        """Make `run` return soon; may be called from another thread, or from a signal's handler."""
         self._stopped = True
 
     def close(self) -> None:

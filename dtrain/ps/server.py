@@ -105,11 +105,12 @@ class Server:
         self._saved: dict[int, bytes] = {}
         self._lives = 0  # epochs that have ended here
         self._counts: Counter[str] = Counter()
+        self._stopped = False
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until all workers have left.
+        """Serve until all workers have left, or until `stop`.
 
         Raises:
             DtrainError: the job failed; the workers have been told the same.
@@ -118,7 +119,7 @@ class Server:
         ping_at = tick_at = 0.0
         end_at = float("inf")
         members = self._shard.members
-        while not members.finished and time.monotonic() < end_at:
+        while not self._stopped and not members.finished and time.monotonic() < end_at:
             if self._router.poll(0 if self._jobs else int(_TICK_S * 1000)):
                 self._drain()
             self._work()
@@ -133,6 +134,10 @@ class Server:
                 end_at = now + _LAST_WORDS_S
         if members.failed:
             raise error_of(members.failed.kind, members.failed.text)
+
+    def stop(self) -> None:
+        """Make `run` return soon; may be called from another thread, or from a signal's handler."""
+        self._stopped = True
 
     def figures(self) -> dict[str, float]:
         """What `ps.metrics` tells; may be called from another thread."""
