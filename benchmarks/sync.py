@@ -15,8 +15,8 @@ Contenders:
     DeepSpeed   its shared-memory all-reduce, where deepspeed is found and can build it
 
 Each worker is one process that holds all of them at once. They take turns, round by round, and who begins rotates. All
-workers meet at a barrier before each turn. A turn is one sum; of a small gradient (up to 64 KB) it is 50 sums, one after
-the other, and their mean counts, with what it takes to write the gradient anew before each: workers leave a barrier as
+workers meet at a barrier before each turn. A turn is one sum; of a small gradient (up to 64 KB) it is 50 sums, one by
+one, and their mean counts, with what it takes to write the gradient anew before each: workers leave a barrier as
 far apart as a small sum is long. After the turn the sum is checked: every number in the first rounds and the last, some
 in the others. A round takes as long as its slowest worker. "times gloo's speed" is gloo's median over this one's: above
 1 is faster than gloo. GB/s is the size of the gradient over the median, whatever the transport moves for it.
