@@ -11,6 +11,7 @@ Contenders:
     ps tcp      parameter server, tcp:// socket on the loopback interface, with checksums
     allreduce   dtrain over gloo
     gloo        torch.distributed.all_reduce, the baseline
+    echo        no sum: plain TCP sockets to a server that sends back what came; what "ps tcp" costs at the very least
     MPI         mpi4py's Allreduce with IN_PLACE, where mpi4py and mpiexec are found (they start the workers then)
     DeepSpeed   its shared-memory all-reduce, where deepspeed is found and can build it
 
@@ -27,7 +28,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import inspect
 import json
 import os
 import shutil
@@ -45,6 +45,7 @@ from pathlib import Path
 import common
 import torch
 import torch.distributed as dist
+from echo import Echo
 from torch import Tensor
 
 import dtrain
@@ -59,6 +60,7 @@ LANES = ("shm", "ipc", "tcp")
 BASELINE = "gloo"
 MPI = "MPI"
 DEEPSPEED = "DeepSpeed"
+ECHO = "echo"
 TIMEOUT_S = 60.0
 
 SMALL_BYTES = 64 * 10**3
@@ -97,6 +99,8 @@ class Contender:
     prepare: Callable[[int], tuple[Tensor, Call]]
     """A flat of that many numbers, and what sums it."""
     close: Callable[[], None] = lambda: None
+    sums: bool = True
+    """Whether it does, and is to be checked."""
 
 
 # -- a worker ---------------------------------------------------------------------------------------------------------
@@ -134,14 +138,13 @@ def _contenders(task: Task, comm: dtrain.Backend) -> tuple[list[Contender], dict
     """Those that are usable on all workers, and why the others are not."""
     found, absent = [], dict(task.absent)
     for lane, addresses in task.servers.items():
-        more = {"lanes": "auto" if lane == "shm" else "off"} if has_lanes() else {}
-        server = ParameterServer(
-            addresses if len(addresses) > 1 else addresses[0],  # type: ignore[arg-type]  # several: where it takes them
-            *(comm.rank, task.workers),
-            timeout_s=TIMEOUT_S,
-            **more,  # type: ignore[arg-type]
-        )
+        if lane == ECHO:
+            continue
+        used = "auto" if lane == "shm" else "off"
+        server = ParameterServer(addresses, comm.rank, task.workers, timeout_s=TIMEOUT_S, lanes=used)
         found.append(_of_dtrain(f"ps {lane}", server))
+    if ECHO in task.servers:
+        found.append(_echo(task.servers[ECHO][0]))
     found += [_of_dtrain("allreduce", comm, close=False), Contender(BASELINE, _gloo)]
     for name, make in ((MPI, _mpi), (DEEPSPEED, _deepspeed)):
         if name not in task.peers:
@@ -166,6 +169,16 @@ def _of_dtrain(name: str, comm: dtrain.Backend, *, close: bool = True) -> Conten
         return flat, lambda: comm.all_reduce(flat, key).wait()
 
     return Contender(name, prepare, *((comm.close,) if close else ()))
+
+
+def _echo(address: str) -> Contender:
+    connection = Echo(address)
+
+    def prepare(numel: int) -> tuple[Tensor, Call]:
+        flat, back = torch.empty(numel), torch.empty(numel)
+        return flat, lambda: connection.exchange(flat, back)
+
+    return Contender(ECHO, prepare, connection.close, sums=False)
 
 
 def _gloo(numel: int) -> tuple[Tensor, Call]:
@@ -223,12 +236,12 @@ def _measure(task: Task, comm: dtrain.Backend, contenders: Sequence[Contender], 
     warmup = max(2, rounds // 20)
     calls = SMALL_CALLS if numel * 4 <= SMALL_BYTES else 1
     pattern = (torch.arange(numel) % 1000).float()
-    ready = [(contender.name, *contender.prepare(numel)) for contender in contenders]
-    times: dict[str, list[float]] = {name: [] for name, *_ in ready}
+    ready = [(contender, *contender.prepare(numel)) for contender in contenders]
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     start_s = time.perf_counter()
     for number in range(warmup + rounds):
         first = number % len(ready)
-        for name, flat, call in ready[first:] + ready[:first]:
+        for contender, flat, call in ready[first:] + ready[:first]:
             if calls == 1:
                 torch.add(pattern, comm.rank + number % 100, out=flat)
             collectives.barrier(comm)
@@ -239,13 +252,14 @@ def _measure(task: Task, comm: dtrain.Backend, contenders: Sequence[Contender], 
                 call()
             taken_s = (time.perf_counter() - called_s) / calls
             stride = 1 if number < warmup or number == warmup + rounds - 1 else _STRIDE
-            _check(name, flat[::stride], pattern[::stride], task.workers, number % 100)
+            if contender.sums:
+                _check(contender.name, flat[::stride], pattern[::stride], task.workers, number % 100)
             if number >= warmup:
-                times[name].append(taken_s)
+                times[contender.name].append(taken_s)
     if comm.rank == 0:
         what = f"{task.workers} workers, {_size(numel * 4)}: {rounds} rounds of {len(ready)} contenders"
         _say(f"{what} in {time.perf_counter() - start_s:.1f} s")
-    shared = [name for name, flat, _ in ready if _is_shared(flat)]
+    shared = [contender.name for contender, flat, _ in ready if _is_shared(flat)]
     return {"numel": numel, "rounds": rounds, "calls": calls, "times_s": times, "shared": shared}
 
 
@@ -277,17 +291,6 @@ def default_rounds(numel: int, *, quick: bool) -> int:
 # -- a job ------------------------------------------------------------------------------------------------------------
 
 
-def has_lanes() -> bool:
-    """Whether this dtrain's parameter server has lanes of shared memory."""
-    return "lanes" in inspect.signature(ParameterServer).parameters
-
-
-def takes_several() -> bool:
-    """Whether this dtrain's parameter server may be several servers."""
-    first = next(iter(inspect.signature(ParameterServer).parameters.values()))
-    return first.annotation not in (str, "str")
-
-
 def peers() -> tuple[list[str], dict[str, str]]:
     """Peers that are installed, and why the others are absent."""
     found, absent = [], {}
@@ -311,12 +314,6 @@ def job(arguments: argparse.Namespace, workers: int) -> list[dict[str, object]]:
     """Measure with that many workers: what each of them found."""
     found, absent = peers()
     lanes = list(arguments.lanes)
-    if "shm" in lanes and not has_lanes():
-        lanes.remove("shm")
-        absent["ps shm"] = "this dtrain's parameter server has no lanes of shared memory"
-    if arguments.servers > 1 and not takes_several():
-        absent |= {f"ps {lane}": "this dtrain takes one server" for lane in lanes}
-        lanes = []
     folder = tempfile.mkdtemp(prefix="dtrain-")
     try:
         with servers(lanes, arguments.servers, workers, folder) as addresses:
@@ -363,22 +360,30 @@ def _mpi_environment(task: Task) -> dict[str, str]:
 
 @contextlib.contextmanager
 def servers(lanes: Sequence[str], count: int, workers: int, folder: str) -> Iterator[dict[str, list[str]]]:
-    """`count` servers for each transport, each a process; their addresses. They end when all workers have left."""
+    """`count` servers for each transport, each a process, and an echo beside tcp; their addresses. They end when all
+    workers have left."""
     processes: list[subprocess.Popen[str]] = []
-    addresses: dict[str, list[str]] = {lane: [] for lane in lanes}
+    commands = []
+    for lane in lanes:
+        for number in range(count):
+            bind = "tcp://127.0.0.1:0" if lane == "tcp" else f"ipc://{folder}/{lane}{number}"
+            told = {"server": number, "num_servers": count}
+            commands.append((lane, server_command(bind, workers, timeout_s=TIMEOUT_S, **told)))
+    if "tcp" in lanes:
+        commands.append((ECHO, [sys.executable, str(Path(__file__).with_name("echo.py")), str(workers)]))
+    addresses: dict[str, list[str]] = {lane: [] for lane, _ in commands}
     try:
-        for lane in lanes:
-            for number in range(count):
-                bind = "tcp://127.0.0.1:0" if lane == "tcp" else f"ipc://{folder}/{lane}{number}"
-                process = subprocess.Popen(
-                    server_command(bind, workers, timeout_s=TIMEOUT_S, server=number, num_servers=count),
+        for _, command in commands:
+            processes.append(
+                subprocess.Popen(
+                    command,
                     env=env.for_child(env.Place(role="server"), threads=1, loopback=None),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     text=True,
                 )
-                processes.append(process)
-        for process, lane in zip(processes, [lane for lane in lanes for _ in range(count)], strict=True):
+            )
+        for process, (lane, _) in zip(processes, commands, strict=True):
             said = process.stdout.readline() if process.stdout else ""
             if not said.startswith("listening at "):
                 raise RuntimeError(f"the server of ps {lane} did not start: {said}")

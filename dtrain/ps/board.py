@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm.base import DTYPES, LANES, lane_of
-from dtrain.comm.ordered import total
+from dtrain.comm.ordered import HALVES, total
 from dtrain.errors import LayoutError
 
 MOST_BYTES = 16 * 2**10
@@ -133,5 +133,12 @@ class Board:
         raise LayoutError(f"{post.key}, round {post.number}: {'; '.join(shown)}")
 
     def _sum(self, post: Post, data: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
-        parts = [torch.from_numpy(row).view(post.flat.dtype) for row in data]
-        post.flat.copy_(total(parts))
+        if post.flat.dtype in HALVES:
+            post.flat.copy_(total([torch.from_numpy(row).view(post.flat.dtype) for row in data]))
+            return
+        array = post.flat.numpy()
+        parts = data.view(array.dtype)
+        with np.errstate(all="ignore"):
+            np.copyto(array, parts[0])
+            for part in parts[1:]:
+                np.add(array, part, out=array)
