@@ -136,6 +136,8 @@ class Hosting:
         self._comm.on_host(flat, f"gradient/push{bucket}", lambda host: self._push(bucket, host, flags))
 
     def _push(self, bucket: int, flat: Tensor, flags: bytes) -> None:
+        if not self._rules.agreed:  # before the gradient: where all have asked, the step writes where they want it
+            self._pull(bucket, self.steps + 1)
         where = self._comm.find(flat)
         for range_ in self._placement[bucket]:
             link = self._comm.links[range_.server]
@@ -146,8 +148,6 @@ class Hosting:
                 for number, part in enumerate(wire.parts_of(flat[range_.start : range_.stop])):
                     self._comm.await_credit(link, f"bucket {bucket}")
                     self._ask(link, wire.Push, self.steps, bucket, number, flags, payload=part)
-        if not self._rules.agreed:
-            self._pull(bucket, self.steps + 1)
 
     def finish(self) -> None:
         self._comm.flush()

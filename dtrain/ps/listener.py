@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket as net
+from collections import Counter
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -15,6 +16,9 @@ from dtrain.ps import keys as curve
 from dtrain.ps import sockets
 
 log = logging.getLogger(__name__)
+
+_MOST_REFUSED = 1000
+_MOST_STRANGERS = 10_000
 
 
 class Listener:
@@ -27,7 +31,6 @@ class Listener:
         keys: Path | None,
         insecure_no_encryption: bool,
         send_queue: int,
-        receive_queue: int,
         servers_too: bool = False,
     ) -> None:
         """Bind.
@@ -36,7 +39,6 @@ class Listener:
             address: `ipc:///path` or `tcp://host:port`; port 0 takes a free one, see `address` afterwards.
             keys: directory of CURVE keys, see `dtrain keys`; None: no encryption.
             send_queue: messages that may wait for a peer that does not read.
-            receive_queue: messages of one peer that may wait here; what it sends beyond waits on its side.
             servers_too: let servers of the job in as well as workers.
 
         Raises:
@@ -48,8 +50,8 @@ class Listener:
         self._gatekeeper: curve.Gatekeeper | None = None
         self.router = sockets.make(self._context, zmq.ROUTER)
         self.router.setsockopt(zmq.SNDHWM, send_queue)
-        self.router.setsockopt(zmq.RCVHWM, receive_queue)
-        self._strangers = 0
+        self._warnings = 0
+        self._refused: Counter[bytes] = Counter()
         self.pair: curve.Keys | None = None
         """The servers' keys, where there are some."""
         try:
@@ -68,9 +70,19 @@ class Listener:
 
     def warn(self, error: DtrainError, *, known: bool = False) -> None:
         """Log what was refused: of members always, of strangers seldom, who could fill a disk."""
-        self._strangers += not known
-        if known or self._strangers in (1, 10, 100, 1000, 10_000, 100_000):
-            log.warning("refused %s%s", error, f" ({self._strangers} so far)" if self._strangers > 1 else "")
+        self._warnings += not known
+        if known or self._warnings in (1, 10, 100, 1000, 10_000, 100_000):
+            log.warning("refused %s%s", error, f" ({self._warnings} so far)" if self._warnings > 1 else "")
+
+    def refuse(self, stranger: bytes) -> None:
+        """Count a message of a peer that is no member."""
+        if len(self._refused) >= _MOST_STRANGERS:
+            self._refused.clear()
+        self._refused[stranger] += 1
+
+    def hears(self, peer: bytes) -> bool:
+        """Whether it is worth while to read what a peer sends: one that was refused so often is not answered again."""
+        return self._refused[peer] <= _MOST_REFUSED if peer in self._refused else True
 
     def close(self) -> None:
         """Close the socket and remove its file."""

@@ -200,7 +200,6 @@ class Scheduler:
             keys=keys,
             insecure_no_encryption=insecure_no_encryption,
             send_queue=_QUEUE,
-            receive_queue=_QUEUE,
             servers_too=True,
         )
         self.address = self._listener.address
@@ -247,11 +246,14 @@ class Scheduler:
             except zmq.Again:
                 break
             session = frames[0].bytes
+            if not self._listener.hears(session):
+                continue
             try:
                 self._send(self._handle(session, frames[1:]))
                 meant = True
             except (UsageError, ProtocolError) as error:
                 self._listener.warn(error)
+                self._listener.refuse(session)
                 told = ProtocolError(str(error)) if isinstance(error, wire.Damaged) else error
                 self._send([refusal(session, told)])
         return meant

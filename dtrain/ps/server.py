@@ -41,8 +41,6 @@ _AT_ONCE_BYTES = 64 * 2**10
 _MOST_AT_ONCE = 256
 _SEND_QUEUE = 4096
 """Messages that may wait for a peer that does not read."""
-_RECEIVE_QUEUE = 16_384
-"""Messages of one peer that may wait here; what it sends beyond waits on its side."""
 
 
 @dataclass
@@ -82,7 +80,6 @@ class Server:
             keys=keys,
             insecure_no_encryption=insecure_no_encryption,
             send_queue=_SEND_QUEUE,
-            receive_queue=_RECEIVE_QUEUE,
         )
         self._router = self._listener.router
         self.address = self._listener.address
@@ -163,10 +160,14 @@ class Server:
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._act(self._handle(frames[0].bytes, frames[1:]))
+            session = frames[0].bytes
+            if self._listener.hears(session):
+                self._act(self._handle(session, frames[1:]))
 
     def _handle(self, session: Session, frames: list[zmq.Frame]) -> Sequence[Effect]:
         known = self._shard.members.get(session) is not None and not self._shard.members.failed
+        if not known:
+            self._listener.refuse(session)  # a few times too often: who joins says little before
         try:
             if not 1 <= len(frames) <= 2:
                 raise ProtocolError(f"a message of {len(frames)} frames")

@@ -34,7 +34,11 @@ _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCO
 
 
 def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    """A socket of that kind. Queues have no limit here: what is in flight is bounded by what workers hold anyway."""
+    """A socket of that kind.
+
+    The queue of what comes must have no limit: libzmq 4.3 aborts when it pings a peer whose input it has stopped
+    reading (its issue 4364), and a stranger could bring that about. Members keep to their credit.
+    """
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDBUF, _KERNEL_BYTES)

@@ -11,6 +11,8 @@ import re
 import secrets
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +231,34 @@ def test_a_flood(served: Served):
 HELLO = hello(job_id=JOB)
 GOOD = msgpack.packb((wire.PROTOCOL, 0, *vars(HELLO).values()))
 PICKLE = bytes.fromhex("8004951d000000000000008c05706f736978948c0673797374656d9493948c026c7394859452942e")
+
+
+_FULL = """
+import sys, time, zmq
+from dtrain.ps import sockets
+from dtrain.ps.listener import Listener
+
+sockets.HEARTBEAT_S = 0.05
+listener = Listener(sys.argv[1], keys=None, insecure_no_encryption=False, send_queue=2)
+with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+    stranger.setsockopt(zmq.LINGER, 0)
+    stranger.connect(listener.address)
+    for _ in range(200):
+        stranger.send(bytes(100_000))
+    time.sleep(0.3)
+time.sleep(0.3)
+while listener.router.poll(100):
+    listener.router.recv_multipart()
+listener.close()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["ipc", "tcp"])
+def test_a_stranger_that_sends_much_and_leaves(own_temporary_directory: Path, scheme: str):
+    """libzmq aborts (its issue 4364) where a socket that pings stops to read for want of room."""
+    address = own_socket(own_temporary_directory) if scheme == "ipc" else "tcp://127.0.0.1:0"
+    done = subprocess.run([sys.executable, "-c", _FULL, address], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def with_rank(value: bytes) -> bytes:
