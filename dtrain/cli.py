@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from dtrain.errors import DtrainError, Finished, UsageError
 from dtrain.hooks import finite
 from dtrain.jobs import run as run_job
 from dtrain.launcher import Plan, launch
-from dtrain.processes import end_with_launcher, leave_word
+from dtrain.processes import end_with_launcher, give_up, leave_word
 from dtrain.ps import keys
 from dtrain.ps.members import Terms
 from dtrain.ps.metrics import Metrics
@@ -304,6 +305,7 @@ class ServerCommand:
             threads=self.threads,
             keys=None if place.keys is None else Path(place.keys),
             insecure_no_encryption=self.insecure_no_encryption,
+            give_up=None if place.job_dir is None else functools.partial(give_up, place.job_dir),
         )
         leave_address(place.job_dir, server.address)
         metrics = None

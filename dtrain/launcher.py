@@ -14,7 +14,16 @@ from dataclasses import dataclass
 
 from dtrain import env
 from dtrain.errors import CommError, DataError, Preempted, UsageError
-from dtrain.processes import Child, cores, forget_word, left_word, remove, server_addresses, server_command
+from dtrain.processes import (
+    Child,
+    cores,
+    forget_word,
+    given_up,
+    left_word,
+    remove,
+    server_addresses,
+    server_command,
+)
 from dtrain.ps import lanes
 
 _FOR_GOOD = (UsageError.exit_code, DataError.exit_code, Preempted.exit_code)
@@ -187,12 +196,12 @@ class _Job:
             if all(c.ended() for c in self._children):
                 return 0
             if self._plan.on_worker_loss != "fail":
-                self._end_stopped(time.monotonic())
+                self._end_stuck(time.monotonic())
             self._look()
             time.sleep(0.05)
 
-    def _end_stopped(self, now: float) -> None:
-        """Kill what has been stopped for long: the servers have given it up, and only its end lets it be replaced."""
+    def _end_stuck(self, now: float) -> None:
+        """Kill what has been stopped for long, and what the servers have given up: only its end lets it be replaced."""
         if now - self._looked_s < 0.5:
             return
         self._looked_s = now
@@ -201,6 +210,11 @@ class _Job:
         for pid, child in stopped.items():
             if now - self._stopped_s[pid] >= _STOPPED_S:
                 self._say(f"{child} has been stopped (SIGSTOP) for {_STOPPED_S:g} s; killing it")
+                child.signal(signal.SIGKILL)
+        late = given_up(self._folder)
+        for child in self._workers:
+            if child.process.pid in late and not child.ended() and child not in self._lost:
+                self._say(f"{child} makes no progress, and the others have waited for long enough; killing it")
                 child.signal(signal.SIGKILL)
 
     def _mend(self, child: Child) -> bool:

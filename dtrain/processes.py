@@ -175,6 +175,7 @@ def end_with_launcher(place: env.Place, who: str) -> None:
 _watched: set[int] = set()  # file descriptors that a thread looks at
 
 
+_GIVEN_UP = ".given-up"
 _word_files: list[Path] = []  # where this process leaves word of its error
 
 
@@ -213,6 +214,21 @@ def forget_word(job_dir: str, who: str) -> None:
     """Remove it: a process of this name is started again."""
     with contextlib.suppress(OSError):
         _word_file(job_dir, who).unlink()
+
+
+def give_up(job_dir: str, pid: int) -> None:
+    """Ask the launcher to end a worker that makes no progress."""
+    with contextlib.suppress(OSError):
+        Path(job_dir, f"{pid}{_GIVEN_UP}").touch()
+
+
+def given_up(job_dir: str) -> list[int]:
+    """Processes that the launcher was asked to end; each is told once."""
+    pids = []
+    for file in Path(job_dir).glob(f"*{_GIVEN_UP}"):
+        pids.append(int(file.name.removesuffix(_GIVEN_UP)))
+        file.unlink(missing_ok=True)
+    return pids
 
 
 def _word_file(job_dir: str, who: str) -> Path:

@@ -25,7 +25,7 @@ from dtrain.ps.holder import Holder
 from dtrain.ps.link import error_of
 from dtrain.ps.listener import Listener
 from dtrain.ps.members import Send, Session, Terms
-from dtrain.ps.shard import Effect, Forget, Map, Shard, SumUp
+from dtrain.ps.shard import Effect, Forget, GiveUp, Map, Shard, SumUp
 from dtrain.ps.sums import Reduction
 from dtrain.ps.tasks import Pool, Task
 from dtrain.ps.wire import Done, Sum
@@ -63,6 +63,7 @@ class Server:
         threads: int | None = None,
         keys: Path | None = None,
         insecure_no_encryption: bool = False,
+        give_up: Callable[[int], None] | None = None,
     ) -> None:
         """Bind.
 
@@ -71,10 +72,12 @@ class Server:
             terms: what it is told; or what gives them, called with the address at which it listens by then.
             threads: that work on sums; by default all cores that this process may use, shared out between servers.
             keys: directory of CURVE keys, see `dtrain keys`; None: no encryption.
+            give_up: called with the pid of a worker that is alive and makes no progress, and that is not waited for.
 
         Raises:
             UsageError: the address cannot be used or is taken.
         """
+        self._give_up = give_up
         self._listener = Listener(
             address,
             keys=keys,
@@ -242,6 +245,9 @@ class Server:
                 self._map(effect)
             elif isinstance(effect, Forget):
                 self._forget(effect)
+            elif isinstance(effect, GiveUp):
+                if self._give_up is not None:
+                    self._give_up(effect.pid)
             else:
                 try:
                     self._hold(effect)

@@ -41,7 +41,14 @@ class Forget:
     sessions: list[Session]
 
 
-Effect = Send | SumUp | Map | Forget | StoreWork
+@dataclass(frozen=True)
+class GiveUp:
+    """A worker is alive and makes no progress: whoever started it is to end it, or it cannot be replaced."""
+
+    pid: int
+
+
+Effect = Send | SumUp | Map | Forget | GiveUp | StoreWork
 
 
 class Shard:
@@ -132,7 +139,8 @@ class Shard:
         if late is not None and members.complete:
             who = "; ".join(members.name(r) for r in late[0])
             text = f"{who}: late with {late[1]}, by {self._terms.timeout_s:g} s; alive, but no progress"
-            return self._lose([m for r in late[0] if (m := members.of_rank(r))], CommError(text), now)
+            lost = [m for r in late[0] if (m := members.of_rank(r))]
+            return [*(GiveUp(m.hello.pid) for m in lost), *self._lose(lost, CommError(text), now)]
         return self._look_for_lost(now)
 
     # -- coming and going ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dtrain.ps import layout as layouts
 from dtrain.ps import store, wire
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.members import Send, Session, Terms
-from dtrain.ps.shard import Effect, Forget, Map, Shard, SumUp
+from dtrain.ps.shard import Effect, Forget, GiveUp, Map, Shard, SumUp
 from dtrain.ps.sums import reduce
 from dtrain.ps.update import Piece, spec_of
 from dtrain.ps.wire import Done, Message, Request
@@ -55,6 +55,7 @@ class Host:
         self.shard = Shard(terms, now)
         self.sent: list[Send] = []
         self.forgotten: list[list[Session]] = []
+        self.given_up: list[int] = []
         self.jobs: deque[Callable[[], None]] = deque()
         self.values: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
@@ -80,6 +81,8 @@ class Host:
                 self.sent.append(effect)
             elif isinstance(effect, Map):
                 self.act(self.shard.answer(effect.session, Done(effect.request.seq)))
+            elif isinstance(effect, GiveUp):
+                self.given_up.append(effect.pid)
             elif isinstance(effect, Forget):
                 self.forgotten.append(effect.sessions)
                 if not effect.sessions:

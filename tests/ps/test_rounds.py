@@ -130,6 +130,7 @@ def test_the_late_worker_is_named():
     add(host, 1, 1.0, now=11.0)
     assert tick(host, 12.0) == []
     told, kind, text = failed(tick(host, 12.1))
+    assert host.given_up == [102]
     assert (told, kind) == ({session(0), session(1)}, "CommError")
     assert "worker 2 (pid 102 on host2): late with gradient/0, round 0, by 10 s; alive, but no progress" in text
     assert "worker 0 " not in text
