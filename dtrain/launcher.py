@@ -32,7 +32,7 @@ _FOR_GOOD = (UsageError.exit_code, DataError.exit_code, Preempted.exit_code)
 _GRACE_S = 5.0
 """How long the others may take to notice a fault by themselves and say what they saw, before they are ended."""
 
-_STOPPED_S = 5.0
+_STUCK_S = 8.0
 """How long a process may be stopped (SIGSTOP) where the job goes on without it: longer than servers take to notice."""
 
 
@@ -119,8 +119,9 @@ class _Job:
         self._starts: dict[str, Callable[[int], Child]] = {}
         self._restarts: Counter[str] = Counter()
         self._used = 0  # of the restarts that are allowed
+        self._followed: Counter[str] = Counter()  # restarts of those who ended because another one had
         self._lost: list[Child] = []  # that the others go on without
-        self._stopped_s: dict[int, float] = {}  # by pid, since when
+        self._stuck_s: dict[int, float] = {}  # by pid, since when
         self._looked_s = 0.0
         self._signal = 0
         self._asked_to_save = False
@@ -206,15 +207,13 @@ class _Job:
             return
         self._looked_s = now
         stopped = {c.process.pid: c for c in self._children if c.stopped()}
-        self._stopped_s = {pid: self._stopped_s.get(pid, now) for pid in stopped}
-        for pid, child in stopped.items():
-            if now - self._stopped_s[pid] >= _STOPPED_S:
-                self._say(f"{child} has been stopped (SIGSTOP) for {_STOPPED_S:g} s; killing it")
-                child.signal(signal.SIGKILL)
         late = given_up(self._folder)
-        for child in self._workers:
-            if child.process.pid in late and not child.ended() and child not in self._lost:
-                self._say(f"{child} makes no progress, and the others have waited for long enough; killing it")
+        stuck = {c.process.pid: c for c in self._workers if c.process.pid in late and not c.ended()} | stopped
+        self._stuck_s = {pid: self._stuck_s.get(pid, now) for pid in stuck}
+        for pid, child in stuck.items():
+            if now - self._stuck_s[pid] >= _STUCK_S:
+                why = "has been stopped (SIGSTOP)" if pid in stopped else "makes no progress and was given up"
+                self._say(f"{child} {why} for {_STUCK_S:g} s; killing it")
                 child.signal(signal.SIGKILL)
 
     def _mend(self, child: Child) -> bool:
@@ -232,12 +231,14 @@ class _Job:
         if plan.on_worker_loss != "wait" or self._asked_to_save or self._code(child) in _FOR_GOOD:
             return False
         word = left_word(self._folder, child.name)
-        follows = self._used > 0 and word is not None and word[1].startswith("Rewound")  # from another's loss
+        # Who ends with 69 complains about somebody else, who was lost before: that counts as one fault, not as several.
+        follows = self._followed[child.name] < self._used and word is not None and word[0] == CommError.exit_code
         if not follows and self._used >= plan.max_restarts:
             self._say(f"no more than {plan.max_restarts} restarts (--max-restarts)")
             return False
         self._restarts[child.name] += 1
         self._used += not follows
+        self._followed[child.name] += follows
         count = "too" if follows else f"({self._used} of {plan.max_restarts})"
         self._say(f"{child} {self._how(child)}; starting it again {count}")
         child.stop(grace_s=0.0)

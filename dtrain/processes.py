@@ -216,19 +216,19 @@ def forget_word(job_dir: str, who: str) -> None:
         _word_file(job_dir, who).unlink()
 
 
-def give_up(job_dir: str, pid: int) -> None:
-    """Ask the launcher to end a worker that makes no progress."""
+def give_up(job_dir: str, pid: int, lost: bool) -> None:
+    """Tell the launcher that a worker makes no progress and is not waited for; or that it has come again."""
+    file = Path(job_dir, f"{pid}{_GIVEN_UP}")
     with contextlib.suppress(OSError):
-        Path(job_dir, f"{pid}{_GIVEN_UP}").touch()
+        if lost:
+            file.touch()
+        else:
+            file.unlink(missing_ok=True)
 
 
-def given_up(job_dir: str) -> list[int]:
-    """Processes that the launcher was asked to end; each is told once."""
-    pids = []
-    for file in Path(job_dir).glob(f"*{_GIVEN_UP}"):
-        pids.append(int(file.name.removesuffix(_GIVEN_UP)))
-        file.unlink(missing_ok=True)
-    return pids
+def given_up(job_dir: str) -> set[int]:
+    """Processes that servers have given up."""
+    return {int(file.name.removesuffix(_GIVEN_UP)) for file in Path(job_dir).glob(f"*{_GIVEN_UP}")}
 
 
 def _word_file(job_dir: str, who: str) -> Path:

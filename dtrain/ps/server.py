@@ -63,7 +63,7 @@ class Server:
         threads: int | None = None,
         keys: Path | None = None,
         insecure_no_encryption: bool = False,
-        give_up: Callable[[int], None] | None = None,
+        give_up: Callable[[int, bool], None] | None = None,
     ) -> None:
         """Bind.
 
@@ -72,12 +72,14 @@ class Server:
             terms: what it is told; or what gives them, called with the address at which it listens by then.
             threads: that work on sums; by default all cores that this process may use, shared out between servers.
             keys: directory of CURVE keys, see `dtrain keys`; None: no encryption.
-            give_up: called with the pid of a worker that is alive and makes no progress, and that is not waited for.
+            give_up: called with the pid of a worker that is alive and makes no progress, and True; and with False when
+                it has joined again.
 
         Raises:
             UsageError: the address cannot be used or is taken.
         """
-        self._give_up = give_up
+        self._tell = give_up
+        self._given_up: set[int] = set()
         self._listener = Listener(
             address,
             keys=keys,
@@ -126,6 +128,7 @@ class Server:
             now = time.monotonic()
             if now >= tick_at:
                 self._act(self._shard.tick(now))
+                self._look_for_the_given_up()
                 tick_at = now + _TICK_S
             if now >= ping_at and not members.failed:
                 self._act([Send(m.session, wire.Ping()) for m in members.present])
@@ -246,8 +249,7 @@ class Server:
             elif isinstance(effect, Forget):
                 self._forget(effect)
             elif isinstance(effect, GiveUp):
-                if self._give_up is not None:
-                    self._give_up(effect.pid)
+                self._give_up(effect.pid)
             else:
                 try:
                     self._hold(effect)
@@ -255,6 +257,18 @@ class Server:
                     return
                 except Exception as error:
                     self._break(error)
+
+    def _give_up(self, pid: int) -> None:
+        self._given_up.add(pid)
+        if self._tell is not None:
+            self._tell(pid, True)
+
+    def _look_for_the_given_up(self) -> None:
+        """Say so if one has come again."""
+        for pid in self._given_up & {m.hello.pid for m in self._shard.members.present}:
+            self._given_up.remove(pid)
+            if self._tell is not None:
+                self._tell(pid, False)
 
     def _break(self, error: Exception) -> None:
         """What workers have asked for cannot be done: they are told, and the job is over."""

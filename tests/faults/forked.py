@@ -346,12 +346,14 @@ def _in_push(deed: Callable[[], object], n: int) -> None:
         ask(self, kind, *fields, **more)
         pushes = kind in (wire.Push, wire.PushShared)
         if at and (pushes or (kind in (wire.Add, wire.AddShared) and str(fields[0]).startswith("gradient/"))):
+            at.clear()
             time.sleep(0.2)  # for libzmq to send it
             deed()
 
     def reducing(self: ParameterServer, flat: Any, key: str) -> Any:
         work = all_reduce(self, flat, key)
         if at and key.startswith("gradient/"):
+            at.clear()
             deed()
         return work
 

@@ -27,7 +27,7 @@ Weights = dict[str, torch.Tensor]
 
 def arguments_of(options: argparse.Namespace, folder: Path, restarts: int) -> list[str]:
     return [
-        *("train", "digits", "--option", "width=4", "--backend", "ps", "-n", str(options.workers)),
+        *("train", "digits", "--option", "width=16", "--backend", "ps", "-n", str(options.workers)),
         *("--servers", str(options.servers), "--update", options.update, "--on-worker-loss", "wait"),
         *("--max-restarts", str(restarts), "--steps", str(options.steps), "--checkpoint-every", "10", "--quiet"),
         *("--lanes", options.lanes, "--run-dir", str(folder / "run")),

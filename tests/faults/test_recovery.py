@@ -39,7 +39,7 @@ Fault = dict[str, Any]
 def train(folder: Path, *more: str, workers: int = 2, servers: int = 2) -> list[str]:
     """A short training run in `folder/run`."""
     return [
-        *("train", "digits", "--option", "width=4", "--backend", "ps", "-n", str(workers), "--servers", str(servers)),
+        *("train", "digits", "--option", "width=16", "--backend", "ps", "-n", str(workers), "--servers", str(servers)),
         *("--steps", str(STEPS), "--checkpoint-every", "5", "--log-every", "1", "--quiet"),
         *("--run-dir", str(folder / "run"), *more),
     ]
@@ -149,7 +149,7 @@ def test_a_killed_worker_is_replaced_where_servers_step(tmp_path: Path, oracle, 
     [
         [kill("worker 1", "step", 12), kill("worker 0", "rejoin")],
         [kill("worker 1", "step", 12), kill("worker 1", "resume", life=1)],
-        [kill("server 1", "hello", 2), kill("worker 0", "step", 7)],
+        [kill("server 1", "hello", 2), kill("worker 0", "step", 7, life=1)],  # its first life saw no other worker
         [kill("worker 1", "step", 12), kill("server 0", "hello", 3)],
     ],
     ids=["a second worker", "the replacement", "a server, then a worker", "a server meanwhile"],
@@ -294,7 +294,7 @@ def test_a_worker_that_goes_on_when_it_was_given_up(tmp_path: Path, oracle):
         job.await_text("the job is rewound")
         os.kill(job.pids()["worker 1"][0], signal.SIGCONT)
         assert job.ends(MENDED_S) == 0, job.err
-        assert len(job.pids()["worker 1"]) == 1
+        assert len(job.pids()["worker 1"]) == 1, job.err
         same_bits(weights(tmp_path), oracle())
 
 
