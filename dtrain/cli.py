@@ -151,8 +151,9 @@ class Compare(_Run):
     """Names with commas between: solo, threads, ps, allreduce."""
     workers: Annotated[int | None, arg(aliases=["-n"], metavar="N", help_behavior_hint="")] = None
     """Number of workers. Default: 2, or those of the job."""
-    norm_batch: Literal["worker", "global"] = "global"
-    """Samples that share batch-norm statistics: those of each worker, or those of all."""
+    norm_batch: str = "global"
+    """Samples that share batch-norm statistics: a number of them, or `worker`: each worker's micro-batch by itself, or
+    `global`: all workers'."""
     run_dir: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="")] = None
     """Where the runs' files go, a directory for each backend. Default: runs/compare-RECIPE-TIME."""
 
@@ -169,8 +170,8 @@ class Compare(_Run):
             check(self.spec(), workers)
         folder = Path(self.run_dir or _new_run_dir(f"compare-{self.recipe}", ""))
         if not inside or env.resolve().rank == 0:
-            sharing = {"global": "synchronised over workers", "worker": "each worker's own"}[self.norm_batch]
-            print(f"Batch-norm statistics: {sharing} (--norm-batch {self.norm_batch}).", flush=True)
+            of = {"global": "all workers", "worker": "each worker by itself"}.get(self.norm_batch, "that many samples")
+            print(f"Batch-norm statistics: of {of} (--norm-batch {self.norm_batch}).", flush=True)
         result = compare(
             self.spec(),
             backends,

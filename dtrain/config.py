@@ -21,8 +21,9 @@ class TrainConfig:
     """Largest norm of the global gradient; clipped after it has been summed over workers."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision: the type that autocast computes in. fp16 scales the loss."""
-    norm_batch: Literal["worker", "global"] | None = None
-    """Samples that share batch-norm statistics: those of each worker, or of all workers. None: as the model has it."""
+    norm_batch: int | str | None = None
+    """Samples that share batch-norm statistics: a number of them; `worker`: each worker's micro-batch; `global`: all
+    workers'. See `dtrain.norm.convert`. None: as the model has it."""
     update: Literal["worker", "first", "server"] = "worker"
     """Who steps the optimizer: every worker its own; worker 0 for all (DataParallel's way); or the servers of ps, which
     keep the parameters and one copy of the optimizer's state."""
@@ -71,16 +72,17 @@ class TrainConfig:
                 "norm_batch is global, where workers do not wait for each other: give norm_batch=worker, or "
                 "staleness=0 and no backup workers"
             )
+        if isinstance(self.norm_batch, int) and self.norm_batch < 1:
+            raise UsageError(f"norm_batch is {self.norm_batch}: a number of samples, at least 1")
         if self.update == "server" and self.nonfinite != "allow":
             raise UsageError(f"nonfinite is {self.nonfinite!r} with update=server: it is for update=worker and first")
         choices_of = {
             "amp": ("off", "bf16", "fp16"),
-            "norm_batch": ("worker", "global"),
             "update": ("worker", "first", "server"),
             "nonfinite": ("allow", "skip", "abort"),
         }
         for name, choices in choices_of.items():
-            if getattr(self, name) not in (*choices, *((None,) if name == "norm_batch" else ())):
+            if getattr(self, name) not in choices:
                 raise UsageError(f"{name} is {getattr(self, name)!r}: one of {', '.join(choices)}")
 
     @property

@@ -157,6 +157,10 @@ class Loader:
         self.world_size = world_size
         self.seed = seed
         self._accumulate = accumulation(global_batch, micro_batch, world_size)
+        self.micro_batch = math.ceil(global_batch / (self._accumulate * world_size))
+        """Most samples of one forward of a worker."""
+        self.even = global_batch % (self._accumulate * world_size) == 0
+        """Whether all of them have that many, but for an epoch's last batch."""
         self._place = {"rank": rank, "world_size": world_size}
         self._shuffle = shuffle
         self._num_workers = num_workers

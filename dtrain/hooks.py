@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dtrain import checkpoint
+from dtrain import checkpoint, norm
 from dtrain.comm.base import Backend
 from dtrain.errors import UsageError
 from dtrain.evaluate import Score, evaluate
@@ -154,6 +154,42 @@ class Evaluate(Hook):
 
     def on_rewind(self, state: State) -> None:
         self._scored_step = -1
+
+
+class Precise(Hook):
+    """Batch-norm statistics of the weights as they are, after each epoch and at the end: see `dtrain.norm.precise`.
+
+    Give it before `Evaluate` and `Checkpoint`, which are to have them.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[int], Iterable[Any]],
+        *,
+        estimator: str = "average",
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            batches: this worker's batches to compute them over; called with the number of epochs completed.
+            estimator, forward: as of `dtrain.norm.precise`.
+        """
+        self._batches = batches
+        self._estimator = estimator
+        self._forward = forward
+        self._step = -1
+
+    def on_epoch(self, state: State) -> None:
+        if state.step != self._step:
+            self._step = state.step
+            batches = self._batches(state.epoch)
+            norm.precise(state.model, batches, estimator=self._estimator, comm=state.comm, forward=self._forward)
+
+    def on_end(self, state: State) -> None:
+        self.on_epoch(state)
+
+    def on_rewind(self, state: State) -> None:
+        self._step = -1
 
 
 class JsonLog(Hook):

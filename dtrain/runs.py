@@ -8,6 +8,7 @@ the scores after each epoch), `summary.json` (the figures at the end), `model.sa
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,16 +25,16 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from dtrain import checkpoint, env, recipes
+from dtrain import checkpoint, env, norm, recipes
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.config import TrainConfig
-from dtrain.data import Loader
+from dtrain.data import Loader, to_device
 from dtrain.errors import DataError, UsageError
-from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Progress, TensorBoard, finite
+from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Progress, TensorBoard, finite
 from dtrain.measure import summarise
 from dtrain.recipes import Recipe
-from dtrain.trainer import Trainer
+from dtrain.trainer import Trainer, norm_sharing
 
 Name = Literal["digits", "fashion", "text", "synthetic"]
 
@@ -94,8 +95,12 @@ class Task:
 class RunSpec(Task):
     """One run of a task."""
 
-    norm_batch: Literal["worker", "global"] = "worker"
-    """Samples that share batch-norm statistics: those of each worker, or those of all."""
+    norm_batch: str = "worker"
+    """Samples that share batch-norm statistics: a number of them, or `worker`: each worker's micro-batch by itself, or
+    `global`: all workers'. Below a micro-batch: ghost batch norm; above: synchronised over groups of workers."""
+    precise_batches: int = 0
+    """Before each evaluation and checkpoint, compute the running batch-norm statistics again over so many micro-batches
+    of each worker, with the weights as they are. 0: leave them as training has averaged them."""
     run_dir: _Place = None
     """Where the run's files go. Default: runs/RECIPE-BACKEND-TIME."""
     checkpoint_every: str = "epoch"
@@ -165,7 +170,7 @@ class RunSpec(Task):
             steps=self.steps,
             clip_grad_norm=self.clip_grad_norm,
             amp=self.amp,
-            norm_batch=self.norm_batch,
+            norm_batch=norm_batch_of(self.norm_batch),
             update=update or self.update,  # type: ignore[arg-type]
             staleness=_staleness(self.staleness),
             backup_workers=self.backup_workers,
@@ -255,7 +260,9 @@ def check(spec: RunSpec, workers: int) -> None:
     config = spec.train_config(recipe)
     if config.backup_workers >= workers:
         raise UsageError(f"backup_workers is {config.backup_workers} of {workers} workers: leave one at least")
-    total = _steps(config, _loader(spec, recipe, 0, workers))
+    loader = _loader(spec, recipe, 0, workers)
+    norm_sharing(config, loader)
+    total = _steps(config, loader)
     if spec.resume and spec.run_dir is not None:
         _check_same(spec, recipe, Path(spec.run_dir))
         root = Path(spec.run_dir) / "checkpoints"
@@ -263,7 +270,10 @@ def check(spec: RunSpec, workers: int) -> None:
             raise _nothing_to_train(step)
 
 
-_SAME = (*("recipe", "options", "data", "dtype", "seed", "global_batch", "norm_batch", "lr", "amp", "clip_grad_norm"),)
+_SAME = (
+    *("recipe", "options", "data", "dtype", "seed", "global_batch", "norm_batch", "precise_batches"),
+    *("lr", "amp", "clip_grad_norm"),
+)
 """What a resumed run must share with the run that it goes on with."""
 
 
@@ -365,8 +375,19 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
         comm=comm,
         config=config,
         scheduler=recipe.schedule(optimizer, steps) if recipe.schedule else None,
-        hooks=_hooks(spec, recipe, comm, device, folder),
+        hooks=[*_precise(spec, recipe, loader, device), *_hooks(spec, recipe, comm, device, folder)],
     )
+
+
+def _precise(spec: RunSpec, recipe: Recipe, loader: Loader, device: torch.device) -> list[Hook]:
+    if spec.precise_batches < 0:
+        raise UsageError(f"precise_batches is {spec.precise_batches}: give 0 or more")
+
+    def batches(epoch: int) -> Iterator[Any]:
+        for batch, _ in itertools.islice(loader.batches(epoch), spec.precise_batches):
+            yield to_device(batch, device)
+
+    return [Precise(batches, forward=recipe.loss)] if spec.precise_batches else []
 
 
 def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, folder: Path | None) -> list[Hook]:
@@ -384,6 +405,19 @@ def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, f
     elif spec.tensorboard:
         raise UsageError("--tensorboard needs --run-dir, where its files go")
     return hooks
+
+
+def norm_batch_of(text: str) -> int | str:
+    """Of a command line: a number, or one of the words.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text in norm.WORDS:
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"norm_batch is {text!r}: {', '.join(norm.WORDS)}, or a number of samples")
+    return int(text)
 
 
 def _staleness(text: str) -> int | None:

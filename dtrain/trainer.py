@@ -78,7 +78,9 @@ class Trainer:
             )
         self.model = model
         if config.norm_batch is not None:
-            self.model = norm.convert(model, norm_batch=config.norm_batch, comm=self.comm)
+            norm_sharing(config, data)
+            micro_batch = data.micro_batch
+            self.model = norm.convert(model, norm_batch=config.norm_batch, comm=self.comm, micro_batch=micro_batch)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self._first_settings = copy.deepcopy(_settings(optimizer))
@@ -480,6 +482,28 @@ class Trainer:
             if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
                 raise DataError(f"{path} is of another model: {name} is {_kind(there)} there, {_kind(here)} here")
         self.model.load_state_dict(tensors)
+
+
+def norm_sharing(config: TrainConfig, data: Loader) -> norm.Sharing | None:
+    """How the samples of `config.norm_batch` share batch-norm statistics; None: as the model has it.
+
+    Raises:
+        UsageError: that cannot be had with these batches and workers.
+    """
+    if config.norm_batch is None:
+        return None
+    shared = norm.sharing(config.norm_batch, world_size=data.world_size, micro_batch=data.micro_batch)
+    if config.norm_batch != "global" and shared.workers > 1 and not data.even:
+        raise UsageError(
+            f"norm_batch is {config.norm_batch}, and workers' micro-batches are not all of one size: make the global "
+            "batch a multiple of workers and micro-batches, or use 'global'"
+        )
+    if shared.workers > 1 and not config.joint:
+        raise UsageError(
+            f"norm_batch is {config.norm_batch}, which {shared.workers} workers share, and they do not wait for each "
+            "other: give norm_batch=worker or less, or staleness=0 and no backup workers"
+        )
+    return shared
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -33,9 +33,41 @@ def test_sync_measures_every_transport_beside_gloo(tmp_path: Path) -> None:
         assert ((1024, name) in measured) != (f"absent: {name}: " in done.stdout)
 
 
-@pytest.mark.parametrize("script", ["step.py", "sync.py"])
+@pytest.mark.parametrize("script", ["step.py", "sync.py", "norm.py", "norm_batch.py"])
 def test_help(script: str) -> None:
     done = run(SCRIPTS / script, "--help")
     assert done.returncode == 0, done.stderr
     assert "--quick" in done.stdout
     assert "--json" in done.stdout
+
+
+def test_norm_measures_kinds_alone_and_a_synchronised_layer_over_two_workers(tmp_path: Path) -> None:
+    few = ("--kind", "ghost 8", "frozen", "renorm", "--rounds", 2)
+    done = run(SCRIPTS / "norm.py", "--quick", *few, "--json", tmp_path / "record")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "record").read_text(encoding="utf-8"))["rows"]
+    alone = [row for row in rows if "waiting_ms" not in row]
+    assert {(row["contender"], row["goal"]) for row in alone} == {("ghost 8", 1.25), ("frozen", 1.0), ("renorm", 2.0)}
+    assert len({row["case"] for row in alone}) == 2
+    together = [row for row in rows if "waiting_ms" in row]
+    assert [row["contender"] for row in together] == ["sync, 2 workers, ps", "sync, 2 workers, allreduce"]
+    for row in rows:
+        assert row["rounds"] == 2
+        assert row["contender_ms"] > 0
+    for row in together:
+        assert 0 < row["waiting_ms"] < row["contender_ms"]
+
+
+def test_norm_batch_trains_by_norm_batch_and_where_the_average_lags(tmp_path: Path) -> None:
+    files = ("--json", tmp_path / "record", "--picture", tmp_path / "picture.png")
+    done = run(SCRIPTS / "norm_batch.py", "--quick", *files)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record").read_text(encoding="utf-8"))
+    assert record["recipe"] == "digits"
+    by_size = {row["norm_batch"]: row for row in record["rows"] if row["part"] == "norm batch"}
+    assert set(by_size) == {2, 32, None}
+    assert by_size[32]["running"] < by_size[2]["running"]
+    late = [row for row in record["rows"] if row["part"] != "norm batch"]
+    assert [row["epoch"] for row in late] == [1, 2]
+    assert late[0]["precise"] < late[0]["running"]
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"

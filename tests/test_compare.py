@@ -99,6 +99,16 @@ def test_float32_is_bitwise_where_the_order_of_adding_is(tmp_path: Path) -> None
     assert (result["bitwise"], result["max_abs_weight_diff"]) == (["threads,ps"], 0.0)
 
 
+def test_a_norm_batch_is_the_same_for_one_worker_and_four(tmp_path: Path) -> None:
+    """Ghost groups of 8 in the forward of one worker are pairs of workers with 4 samples each."""
+    how = "--dtype float64 --steps 8 --global-batch 32 --micro-batch 4 --norm-batch 8 -n 4"
+    result, text = compared(tmp_path, "--backends", ALL, *how.split())
+    assert result["norm_batch"] == "8"
+    assert result["max_abs_weight_diff"] <= 1e-10
+    assert "threads,ps" in result["bitwise"]
+    assert "--norm-batch 8" in text
+
+
 def test_inside_a_job_of_torchruns(tmp_path: Path) -> None:
     """Its processes are the workers, and process 0 makes the other runs."""
     how = "--dtype float64 --steps 8 --global-batch 50 --micro-batch 4 --clip-grad-norm 1.0"

@@ -14,7 +14,7 @@ import pytest
 # From top to bottom. A module imports from lower floors or from its own package; there are no exceptions.
 FLOORS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "examples"},
     {"compare", "doctor"},  # what the commands do
     {"__init__"},  # the front door: what `import dtrain` offers
     {"runs"},

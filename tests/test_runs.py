@@ -72,7 +72,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
         ({"lr": -0.1}, "lr is -0.1: give 0 or more"),
         ({"lr": math.nan}, "lr is nan: give 0 or more"),
         ({"amp": "fp8"}, "amp is 'fp8': one of off, bf16, fp16"),
-        ({"norm_batch": "host"}, "norm_batch is 'host': one of worker, global"),
+        ({"norm_batch": "host"}, "norm_batch is 'host': worker, global, or a number"),
         ({"num_data_workers": -1}, "num_workers is -1"),
         ({"device": "gpu"}, "device is 'gpu': give auto, cpu, cuda or cuda:N"),
         ({"resume": True}, "--resume needs --run-dir"),

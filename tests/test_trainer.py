@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 import dtrain
-from dtrain import checkpoint, runs
+from dtrain import checkpoint, norm, runs
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
@@ -26,6 +26,7 @@ from dtrain.data import Loader
 from dtrain.errors import DataError, UsageError
 from dtrain.evaluate import evaluate
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Progress, State, TensorBoard
+from dtrain.trainer import norm_sharing
 from tests.conftest import everywhere
 from tests.small import (
     Job,
@@ -748,6 +749,7 @@ def test_the_summary_counts_what_servers_keep(by_servers: list[dict[str, Any]]) 
     ("config", "said"),
     [
         ({"amp": "fp16"}, "servers do not scale losses"),
+        ({"norm_batch": 0, "update": "worker"}, "norm_batch is 0: a number of samples"),
         ({"norm_batch": "global", "staleness": 1}, "do not wait for each other"),
         ({"norm_batch": "global", "staleness": None}, "do not wait for each other"),
         ({"norm_batch": "global", "backup_workers": 1}, "do not wait for each other"),
@@ -763,6 +765,28 @@ def test_configurations_that_servers_cannot_meet(config: dict[str, Any], said: s
     """Are refused when they are written down."""
     with pytest.raises(UsageError, match=re.escape(said)):
         dtrain.TrainConfig(**({"steps": 1, "update": "server"} | config))
+
+
+@pytest.mark.parametrize(
+    ("norm_batch", "more", "said"),
+    [
+        (8, {"update": "server", "staleness": 1}, "norm_batch is 8, which 2 workers share, and they do not wait"),
+        (64, {}, "only 16 samples on all workers together"),
+        ("host", {}, "norm_batch is 'host': worker, global, or a number"),
+    ],
+)
+def test_norm_batches_that_cannot_be_had(norm_batch: int | str, more: dict[str, Any], said: str) -> None:
+    data = Loader(range(64), global_batch=32, micro_batch=4, world_size=4)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        norm_sharing(dtrain.TrainConfig(steps=1, norm_batch=norm_batch, **more), data)
+
+
+def test_a_norm_batch_of_several_workers_needs_micro_batches_of_one_size() -> None:
+    data = Loader(range(64), global_batch=15, micro_batch=4, world_size=4)
+    with pytest.raises(UsageError, match="not all of one size"):
+        norm_sharing(dtrain.TrainConfig(steps=1, norm_batch=8), data)
+    assert norm_sharing(dtrain.TrainConfig(steps=1, norm_batch=2), data) == norm.Sharing(ghost=2)
+    assert norm_sharing(dtrain.TrainConfig(steps=1), data) is None
 
 
 @pytest.mark.parametrize(

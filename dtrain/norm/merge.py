@@ -1,4 +1,4 @@
-"""Running statistics of plain batch norm, merged over workers: for evaluation and for checkpoints.
+"""Running statistics of the workers' own batch norm, merged: for evaluation and for checkpoints; and how far apart.
 
 Each worker's running averages have seen only its own samples. Taking worker 0's, as is often done, throws the others'
 away; here they are merged as moments are: the variance within, plus that between the means.
@@ -7,45 +7,57 @@ away; here they are merged as moments are: the variance within, plus that betwee
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.comm.base import Backend
+from dtrain.errors import UsageError
+from dtrain.norm.domains import Domain, DomainBatchNorm
 from dtrain.norm.moments import merge
 from dtrain.norm.sync import SyncBatchNorm
+from dtrain.tables import table
+
+Pair = tuple[Tensor, Tensor]
+"""running_mean and running_var of a layer, (C,) each."""
 
 
-@torch.no_grad()
-def merge_statistics(model: nn.Module, comm: Backend) -> dict[str, Tensor]:
-    """Merged running statistics of the plain batch-norm layers, by buffer name; the same on every worker.
+def merge_statistics(model: nn.Module, comm: Backend, *, samples: float = 1.0) -> dict[str, Tensor]:
+    """Merged running statistics of the batch-norm layers, by buffer name; the same on every worker.
 
-    Workers count alike. Synchronised layers hold the same on every worker already and are left out.
+    Synchronised layers hold the same on every worker already and are left out.
+
+    Args:
+        samples: how many this worker's statistics stand for; against the others' it is its weight. A worker of 0 does
+            not count; where all have 0, workers count alike.
+
+    Raises:
+        UsageError: `samples` is negative or no number.
     """
-    layers = _layers(model)
-    if not layers:
-        return {}
-    mine = torch.cat([torch.cat([mean, var]).double() for _, mean, var in layers])
-    table = mine.new_zeros(comm.world_size, mine.numel())
-    table[comm.rank] = mine
-    comm.all_reduce(table.view(-1), "norm/merge").wait()
-    counts = mine.new_ones(comm.world_size)
+    own = _own(model)
     merged: dict[str, Tensor] = {}
-    for (name, mean, var), rows in zip(layers, table.split([2 * m.numel() for _, m, _ in layers], dim=1), strict=True):
-        means, variances = rows.chunk(2, dim=1)
-        average, m2, total = merge(means, variances, counts)
-        merged[f"{name}running_mean"] = average.to(mean.dtype)
-        merged[f"{name}running_var"] = (m2 / total).to(var.dtype)
+    pairs = merge_pairs([held for _, _, held in own], comm, samples=samples)
+    for (path, _, held), (mean, variance) in zip(own, pairs, strict=True):
+        prefix = f"{path}." if path else ""
+        merged[f"{prefix}running_mean"] = mean.to(held[0])
+        merged[f"{prefix}running_var"] = variance.to(held[1])
     return merged
 
 
 @contextlib.contextmanager
-def merged_statistics(model: nn.Module, comm: Backend) -> Iterator[None]:
-    """Within, plain batch-norm layers have the running statistics of all workers together; after, their own again."""
+def merged_statistics(model: nn.Module, comm: Backend, *, samples: float = 1.0) -> Iterator[None]:
+    """Within, batch-norm layers have the running statistics of all workers together; after, their own again.
+
+    Args:
+        samples: as in `merge_statistics`.
+    """
     buffers = dict(model.named_buffers())
-    merged = merge_statistics(model, comm)
+    merged = merge_statistics(model, comm, samples=samples)
     own = {name: buffers[name].clone() for name in merged}
     _set(buffers, merged)
     try:
@@ -54,17 +66,108 @@ def merged_statistics(model: nn.Module, comm: Backend) -> Iterator[None]:
         _set(buffers, own)
 
 
+@dataclass(frozen=True)
+class LayerDrift:
+    """How far apart the workers' running statistics of one layer are; the worst channel and the worst two workers."""
+
+    means: float
+    """Distance of two workers' means, in standard deviations of all workers together."""
+    variances: float
+    """Ratio of two workers' variances, 1 or more."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the workers have drifted apart, by the path of a layer. `str` gives a table."""
+
+    layers: dict[str, LayerDrift]
+
+    def __str__(self) -> str:
+        rows = [[path, f"{d.means:.3f}", f"{d.variances:.3f}"] for path, d in self.layers.items()]
+        return table(["layer", "means apart (std)", "variances apart (ratio)"], rows)
+
+
+@torch.no_grad()
+def drift(model: nn.Module, comm: Backend) -> Drift:
+    """How far apart the running statistics of the workers are; the same figures on every worker.
+
+    Variances have the layer's eps added, as where they are used. Synchronised layers are left out.
+    """
+    own = _own(model)
+    found: dict[str, LayerDrift] = {}
+    rows = _gather_pairs([held for _, _, held in own], comm, 1.0)
+    for (path, eps, _), (means, variances, counts) in zip(own, rows, strict=True):
+        _, m2, total = merge(means, variances, counts)
+        spread = (means.amax(0) - means.amin(0)) / (m2 / total + eps).sqrt()
+        ratio = (variances.amax(0) + eps) / (variances.amin(0) + eps)
+        found[path or "batch_norm"] = LayerDrift(float(spread.max()), float(ratio.max()))
+    return Drift(found)
+
+
+@torch.no_grad()
+def merge_pairs(pairs: Sequence[Pair], comm: Backend, *, samples: float = 1.0) -> list[Pair]:
+    """Statistics of several layers, each merged over workers, float64.
+
+    Args:
+        samples: as in `merge_statistics`.
+    """
+    if not (samples >= 0 and math.isfinite(samples)):
+        raise UsageError(f"samples is {samples}: how many samples this worker has seen, 0 or more")
+    merged: list[Pair] = []
+    for means, variances, counts in _gather_pairs(pairs, comm, samples):
+        counts = counts if bool(counts.any()) else torch.ones_like(counts)
+        seen = counts > 0
+        weights = counts[seen] / counts.max()
+        mean, m2, total = merge(means[seen], variances[seen] * weights.unsqueeze(1), weights)
+        merged.append((mean, m2 / total))
+    return merged
+
+
+def gather_rows(row: Tensor, comm: Backend, key: str) -> Tensor:
+    """Every worker's row, (workers, numel) in worker order, float64: the same bits on every worker."""
+    rows = row.new_zeros(comm.world_size, row.numel(), dtype=torch.float64)
+    rows[comm.rank] = row
+    comm.all_reduce(rows.view(-1), key).wait()
+    return rows
+
+
+def _gather_pairs(pairs: Sequence[Pair], comm: Backend, samples: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each layer: means (workers, C), variances (workers, C), counts (workers,). Nothing is sent for no layer."""
+    if not pairs:
+        return []
+    device = pairs[0][0].device
+    flat = torch.cat([t.to(device, torch.float64) for pair in pairs for t in pair])
+    rows = gather_rows(torch.cat([flat, flat.new_tensor([samples, 1.0])]), comm, "norm/merge")
+    rows = rows[rows[:, -1] > 0]  # not those that the job goes on without
+    parts = rows[:, :-2].split([2 * len(mean) for mean, _ in pairs], dim=1)
+    return [(*part.chunk(2, dim=1), rows[:, -2]) for part in parts]
+
+
 @torch.no_grad()
 def _set(buffers: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         buffers[name].copy_(value)
 
 
-def _layers(model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """(prefix, running_mean, running_var) of each plain batch-norm layer that tracks them."""
+def kept(layer: _BatchNorm, path: str) -> dict[str, _BatchNorm | Domain]:
+    """Where a layer keeps running statistics, by path: itself, or each of its domains. Nowhere, where it has none."""
+    if layer.running_mean is None:
+        return {}
+    if not isinstance(layer, DomainBatchNorm):
+        return {path: layer}
+    return {f"{path}.domains.{name}".lstrip("."): cast("Domain", domain) for name, domain in layer.domains.items()}
+
+
+def pair(place: _BatchNorm | Domain) -> Pair:
+    """Running mean and variance that are kept in a place of `kept`."""
+    return cast("Pair", (place.running_mean, place.running_var))
+
+
+def _own(model: nn.Module) -> list[tuple[str, float, Pair]]:
+    """(path, eps, statistics) wherever statistics are a worker's own."""
     return [
-        (f"{path}." if path else "", layer.running_mean, layer.running_var)
+        (place, layer.eps, pair(holder))
         for path, layer in model.named_modules()
         if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
-        if layer.running_mean is not None and layer.running_var is not None
+        for place, holder in kept(layer, path).items()
     ]

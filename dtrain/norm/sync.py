@@ -14,77 +14,73 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.comm.base import Backend
-from dtrain.errors import LayoutError, UsageError
+from dtrain.errors import LayoutError
+from dtrain.norm.layer import NormLayer
 from dtrain.norm.moments import merge, moments
 
 
-class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose statistics are those of all workers' samples of this forward.
+class SyncBatchNorm(NormLayer):
+    """Batch norm whose statistics are those of all samples that a group of workers holds in this forward.
 
     One message a layer and direction: mean, M2 and count forward; the two sums of the gradient backward. In evaluation
-    nothing is sent. `running_var` has Bessel's correction over the merged count, as in torch. Inputs are (N, C, ...);
-    N may differ between workers, and be 0. Double backward is not supported.
+    nothing is sent. Running statistics are those of all workers, whatever the groups, and the same on each;
+    `running_var` has Bessel's correction over the merged count, as in torch. Inputs are (N, C, ...); N may differ
+    between workers, and be 0. Double backward is not supported.
     """
 
+    own = ("comm", "key", "group_size")
     comm: Backend | None = None
     """None in a copy or in what was unpickled: statistics are then those of the batch alone, until `convert`."""
     key: str = ""
-    original: type[_BatchNorm] = _BatchNorm
+    group_size: int | None = None
+    """Workers that share statistics, neighbours by rank; None: all."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: not the connection."""
         return {**self.__dict__, "comm": None}
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() < 2:
-            raise ValueError(f"batch norm takes (N, C, ...), got {tuple(x.shape)}")
-
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         if self.training and self.comm is not None:
-            return self._synchronised(x)
+            return self._synchronised(x, self.comm)
         return super().forward(x)
 
     @_disable_dynamo  # torch.compile is not to look into the transfers
-    def _synchronised(self, x: Tensor) -> Tensor:
-        mean, variance, count = self._global_statistics(x)
-        self._update_running(mean, variance, count)
+    def _synchronised(self, x: Tensor, comm: Backend) -> Tensor:
+        size = self.group_size or comm.world_size
+        group = slice(comm.rank // size * size, (comm.rank // size + 1) * size)
+        means, m2s, counts = self._all_statistics(x, comm)
+        mean, m2, count = merge(means[group], m2s[group], counts[group])
+        if x.device.type == "cpu" and int(count) < 2:
+            raise ValueError(f"expected more than 1 value per channel when training, over its workers ({self.key})")
+        variance = m2 / count.clamp(min=1)
+        if size == comm.world_size:
+            self.update_running(mean, variance, count)
+        else:
+            everyone, all_m2, total = merge(means, m2s, counts)
+            self.update_running(everyone, all_m2 / total.clamp(min=1), total)
         apply: Any = _Normalise.apply
-        y: Tensor = apply(x, self.weight, self.bias, mean, variance, count, self.eps, self.comm, self.key)
+        y: Tensor = apply(x, self.weight, self.bias, mean, variance, count, self.eps, comm, self.key, size)
         return y
 
     @torch.no_grad()
-    def _global_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and biased variance (C,) and count () over all workers, float64: the same bits on every worker."""
-        assert self.comm is not None  # noqa: S101
+    def _all_statistics(self, x: Tensor, comm: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        """Means and M2 (workers, C) and counts (workers,), float64: the same bits on every worker.
+
+        Looking at what came would stop a CUDA device, so there nothing is looked at.
+        """
         mean, m2, count = moments(x.detach())
         channels = mean.numel()
         # A table with one row a worker; the others' rows are zero here, so that the sum hands everyone all rows.
-        table = x.new_zeros(self.comm.world_size, 2 * channels + 2, dtype=torch.float64)
-        row = table[self.comm.rank]
+        table = x.new_zeros(comm.world_size, 2 * channels + 2, dtype=torch.float64)
+        row = table[comm.rank]
         row[:channels], row[channels:-2], row[-2], row[-1] = mean, m2, count, zlib.crc32(self.key.encode())
-        self.comm.all_reduce(table.view(-1), f"norm/{self.key}").wait()
-        if bool((table[:, -1] != row[-1]).any()):
-            raise LayoutError(
-                f"worker {self.comm.rank} is in batch norm {self.key}, and another worker in another layer"
-            )
-        mean, m2, total = merge(table[:, :channels], table[:, channels:-2], table[:, -2])
-        return mean, m2 / total.clamp(min=1), total
-
-    def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        if int(count) < 2:
-            raise ValueError(f"expected more than 1 value per channel when training, over all workers ({self.key})")
-        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
-            return
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum  # type: ignore[arg-type]
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        comm.all_reduce(table.view(-1), f"norm/{self.key}").wait()
+        if x.device.type == "cpu" and bool((table[:, -1] != row[-1]).any()):
+            raise LayoutError(f"worker {comm.rank} is in batch norm {self.key}, and another worker in another layer")
+        return table[:, :channels], table[:, channels:-2], table[:, -2]
 
 
 class _Normalise(torch.autograd.Function):
@@ -102,9 +98,10 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         comm: Backend,
         key: str,
+        group_size: int,
     ) -> Tensor:
         kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        ctx.comm, ctx.key = comm, key
+        ctx.comm, ctx.key, ctx.group_size = comm, key, group_size
         ctx.save_for_backward(x, weight, mean.to(kind), (variance + eps).rsqrt().to(kind), count)
         # Statistics stay wide for a half-precision x, and torch wants weight and bias of the same type as they are.
         weight, bias = (None if t is None else t.to(kind) for t in (weight, bias))
@@ -123,35 +120,15 @@ class _Normalise(torch.autograd.Function):
         own_dy, own_dy_x = own.chunk(2)
         dx = None
         if ctx.needs_input_grad[0]:
-            sums = own.to(torch.float64, copy=True)
-            ctx.comm.all_reduce(sums, f"norm/{ctx.key}.backward").wait()
-            mean_dy, mean_dy_x = (sums / count.clamp(min=1)).to(mean.dtype).chunk(2)
+            # One row a group of workers, as above.
+            sums = own.new_zeros(ctx.comm.world_size // ctx.group_size, own.numel(), dtype=torch.float64)
+            row = sums[ctx.comm.rank // ctx.group_size].copy_(own)
+            ctx.comm.all_reduce(sums.view(-1), f"norm/{ctx.key}.backward").wait()
+            mean_dy, mean_dy_x = (row / count.clamp(min=1)).to(mean.dtype).chunk(2)
             scale = inverse if weight is None else inverse * weight.to(mean.dtype)
             centred.mul_((inverse * mean_dy_x).view(shape)).neg_().add_(wide).sub_(mean_dy.view(shape))
             dx = centred.mul_(scale.view(shape)).to(dy.dtype)
         # Parameters' gradients stay local: they are summed over workers with all the others.
         dw = None if weight is None else own_dy_x.to(weight.dtype)
         db = None if weight is None else own_dy.to(weight.dtype)
-        return dx, dw, db, None, None, None, None, None, None
-
-
-def from_plain(layer: _BatchNorm, comm: Backend, key: str) -> SyncBatchNorm:
-    """A synchronised layer with the parameters and buffers of `layer`: the same objects, under the same names."""
-    if layer.__class__ not in PLAIN:
-        raise UsageError(
-            f"{key} is a {type(layer).__name__}: only {', '.join(c.__name__ for c in PLAIN)} are converted"
-        )
-    new = SyncBatchNorm.__new__(SyncBatchNorm)
-    new.__dict__.update(layer.__dict__)
-    new.comm, new.key, new.original = comm, key, type(layer)
-    return new
-
-
-def to_plain(layer: SyncBatchNorm) -> _BatchNorm:
-    """The layer that `from_plain` was given, again with the same parameters and buffers."""
-    plain: _BatchNorm = layer.original.__new__(layer.original)
-    plain.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in ("comm", "key", "original")})
-    return plain
-
-
-PLAIN: tuple[type[_BatchNorm], ...] = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+        return dx, dw, db, *[None] * 7

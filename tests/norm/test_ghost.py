@@ -1,0 +1,146 @@
+"""Ghost batch norm: each group as torch's layer has it by itself, and running statistics of the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dtrain.norm.convert import convert
+from dtrain.norm.ghost import GhostBatchNorm, group_sizes
+from dtrain.norm.layer import revert
+from tests.norm.test_sync import OPTIONS, SHAPES, close, data, plain_layer, run
+
+
+def ghost(layer: nn.Module, norm_batch: int) -> nn.Module:
+    return convert(layer, norm_batch=norm_batch, micro_batch=1000)
+
+
+@pytest.mark.parametrize("norm_batch", [2, 3, 4, 10, 11])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("kind", SHAPES.values(), ids=list(SHAPES))
+def test_each_group_is_a_batch_of_its_own(
+    kind: tuple[type[nn.Module], tuple[int, ...]], options: dict[str, Any], norm_batch: int
+) -> None:
+    """Outputs and all gradients are those of torch's layer on each group; the running statistics are those that it
+    keeps of the whole batch. In float64, to 1e-12."""
+    make, shape = kind
+    reference, layer = plain_layer(make, **options), ghost(plain_layer(make, **options), norm_batch)
+    assert isinstance(layer, GhostBatchNorm)
+    whole = plain_layer(make, **options)
+    weights = data(shape, 9)
+    for seed in range(2):
+        x = data(shape, seed)
+        sizes = group_sizes(len(x), norm_batch, values=x[0, 0].numel())
+        parts = [run(reference, a, b) for a, b in zip(x.split(sizes), weights.split(sizes), strict=True)]
+        y, dx = run(layer, x, weights)
+        whole(x)
+        close(y, torch.cat([p[0] for p in parts]), 1e-12)
+        close(dx, torch.cat([p[1] for p in parts]), 1e-12)
+    for a, b in zip(layer.parameters(), reference.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        close(a.grad, b.grad, 1e-11)
+    for a, b in zip(layer.buffers(), whole.buffers(), strict=True):
+        close(a.double(), b.double(), 1e-12)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 9]))
+def test_groups(samples: int, norm_batch: int, values: int) -> None:
+    sizes = group_sizes(samples, norm_batch, values=values)
+    assert sum(sizes) == samples
+    assert all(size == norm_batch for size in sizes[:-1])
+    assert len(sizes) == 1 or sizes[-1] * values >= min(2, norm_batch * values)
+
+
+def test_a_last_group_of_one_value_joins_the_one_before() -> None:
+    assert group_sizes(9, 4) == [4, 4, 1]
+    assert group_sizes(9, 4, values=1) == [4, 5]
+
+
+def test_evaluation_and_small_batches_are_plain() -> None:
+    layer, plain = ghost(plain_layer(nn.BatchNorm2d), 8), plain_layer(nn.BatchNorm2d)
+    x = data((8, 4, 3, 2))
+    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(layer.eval()(data((11, 4, 3, 2))), plain.eval()(data((11, 4, 3, 2))))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_of_both_orders(affine: bool) -> None:
+    layer = ghost(plain_layer(nn.BatchNorm1d, affine=affine, track_running_stats=False), 3)
+    x = data((7, 4, 2)).requires_grad_()
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    layer = ghost(plain_layer(nn.BatchNorm2d), 4)
+    x = data((8, 4, 3, 2))
+    layer(x).sum().backward()
+    assert x.grad is None
+    assert layer.weight.grad is not None
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    y = layer(x.requires_grad_())
+    y.square().sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_and_wide_parameters(dtype: torch.dtype) -> None:
+    layer, reference = ghost(plain_layer(nn.BatchNorm2d, torch.float32), 4), plain_layer(nn.BatchNorm2d, torch.float32)
+    x = data((8, 4, 5, 5)).to(dtype).requires_grad_()
+    y = layer(x)
+    assert y.dtype == dtype
+    parts = torch.cat([reference(part.float()) for part in x.detach().split(4)])
+    close(y.detach().float(), parts, 0.05)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert torch.isfinite(x.grad).all()
+
+
+def test_a_channels_last_batch() -> None:
+    x = data((8, 4, 3, 2)).to(memory_format=torch.channels_last)
+    layer, same = ghost(plain_layer(nn.BatchNorm2d), 4), ghost(plain_layer(nn.BatchNorm2d), 4)
+    weights = data((8, 4, 3, 2), 1)
+    for a, b in zip(run(layer, x, weights), run(same, x.contiguous(), weights), strict=True):
+        close(a, b, 1e-12)
+
+
+def test_a_large_mean_loses_nothing() -> None:
+    """Mean 1000, standard deviation 0.1, in float32: the running variance is right, and not negative."""
+    x = (torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.1 + 1000).float()
+    layer = ghost(nn.BatchNorm2d(4, momentum=1.0), 8)
+    layer(x)
+    wanted = x.double().var((0, 2, 3))
+    assert isinstance(layer.running_var, Tensor)
+    assert ((layer.running_var.double() - wanted).abs() / wanted).max() < 1e-3
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 20), st.integers(2, 20), st.integers(0, 2**31))
+def test_any_sizes(samples: int, norm_batch: int, seed: int) -> None:
+    x = data((samples, 4, 3), seed)
+    y = ghost(nn.BatchNorm1d(4).double(), norm_batch)(x)
+    sizes = group_sizes(samples, norm_batch, values=3)
+    close(y.detach(), torch.cat([F.batch_norm(p, None, None, training=True) for p in x.split(sizes)]), 1e-11)
+
+
+def test_copies_and_back_again() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    keys, parameters = list(model.state_dict()), list(map(id, model.parameters()))
+    convert(model, norm_batch=4, micro_batch=8)
+    x = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    assert isinstance(twin[1], GhostBatchNorm)
+    assert list(model.state_dict()) == keys
+    assert list(map(id, model.parameters())) == parameters
+    assert type(revert(model)[1]) is nn.BatchNorm2d  # type: ignore[index]
