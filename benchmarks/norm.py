@@ -23,7 +23,7 @@ All meet at a barrier before each turn, and a time is the mean over workers. `wa
 step that workers are blocked in the backend: for each other, and for the transfer.
 
 On a CUDA device, where there is one: each step ends with a synchronisation, and where there are devices enough for
-NCCL, `nn.SyncBatchNorm` stands beside.
+NCCL, `nn.SyncBatchNorm` stands beside. (Not tried yet: there was none.)
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ SHARED: list[Shape] = [(32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7)]
 REFERENCE = 32
 """Samples of the reference batch of virtual batch norm."""
 GROUPS = 32
+STOPPED = "sync, stopped"
+"""On CUDA: turns in which the device is stopped around each transfer, for the time of waiting alone."""
 TURN_S = 0.1
 """About how long a turn is."""
 
@@ -103,11 +105,6 @@ KINDS = [
 ]
 
 
-def plain(channels: int, device: str = "cpu") -> nn.BatchNorm2d:
-    """A layer whose running statistics are near those of the inputs here, as after some training."""
-    return nn.BatchNorm2d(channels, device=device)
-
-
 def _numbers(shape: Shape, *, seed: int, device: str = "cpu") -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
@@ -139,11 +136,11 @@ def alone(shape: Shape, kinds: list[Kind], rounds: int, device: str) -> list[com
     """Each kind against the plain layer."""
     x, dy = (_numbers(shape, seed=seed, device=device) for seed in (0, 1))
     x.requires_grad_()
-    baseline = stepper(plain(shape[1], device), x, dy)
+    baseline = stepper(nn.BatchNorm2d(shape[1], device=device), x, dy)
     steps = steps_in(TURN_S, baseline)
     rows = []
     for kind in kinds:
-        layer = kind.make(plain(shape[1]), shape).to(device)
+        layer = kind.make(nn.BatchNorm2d(shape[1]), shape).to(device)
         times = common.alternate(stepper(layer, x, dy), baseline, rounds=rounds, steps=steps)
         row = common.ratio_row(str(shape), kind.name, "plain", times)
         rows.append({**row, "goal": kind.goal, "steps": steps, "device": device})
@@ -181,7 +178,11 @@ class Found:
 
     times_s: dict[str, list[float]] = field(default_factory=dict)
     waiting_s: list[float] = field(default_factory=list)
-    """Of the steps of `sync`, what was spent blocked in the backend."""
+    """Of the steps of `waits`, what was spent blocked in the backend."""
+
+    @property
+    def waits(self) -> str:
+        return STOPPED if STOPPED in self.times_s else "sync"
 
 
 def together(comm: dtrain.Backend, shape: Shape, rounds: int, steps: int) -> Found:
@@ -189,14 +190,20 @@ def together(comm: dtrain.Backend, shape: Shape, rounds: int, steps: int) -> Fou
     torch.set_num_threads(1)
     device = f"cuda:{comm.rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     meter = metered(comm)
-    meter.precise = True
     x, dy = (_numbers(shape, seed=10 * comm.rank + n, device=device) for n in range(2))
     x.requires_grad_()
-    layers = {"plain": plain(shape[1], device), "sync": convert(plain(shape[1], device), comm=meter)}
+    layers = {
+        "plain": nn.BatchNorm2d(shape[1], device=device),
+        "sync": convert(nn.BatchNorm2d(shape[1], device=device), comm=meter),
+    }
     if comm.name == "allreduce" and _nccl(comm.world_size):
         torch.cuda.set_device(device)
-        layers["torch"] = nn.SyncBatchNorm.convert_sync_batchnorm(plain(shape[1], device), dist.group.WORLD)
+        layers["torch"] = nn.SyncBatchNorm.convert_sync_batchnorm(
+            nn.BatchNorm2d(shape[1], device=device), dist.group.WORLD
+        )
     ready = {name: stepper(layer, x, dy) for name, layer in layers.items()}
+    if device != "cpu":
+        ready[STOPPED] = ready["sync"]
     found = Found({name: [] for name in ready})
     for step in ready.values():
         step()
@@ -204,11 +211,12 @@ def together(comm: dtrain.Backend, shape: Shape, rounds: int, steps: int) -> Fou
     for number in range(rounds):
         for name in list(ready) if number % 2 else list(ready)[::-1]:
             collectives.barrier(comm)
+            meter.precise = name == STOPPED
             blocked_s, start_s = meter.blocked_s, time.perf_counter()
             for _ in range(steps):
                 ready[name]()
             found.times_s[name].append((time.perf_counter() - start_s) / steps)
-            if name == "sync":
+            if name == found.waits:
                 found.waiting_s.append((meter.blocked_s - blocked_s) / steps)
     return found
 
@@ -224,9 +232,9 @@ def shared_rows(backend: str, shape: Shape, found: list[Found], steps: int) -> l
     waiting_s = _means([worker.waiting_s for worker in found])
     contenders = {"sync": f"sync, {len(found)} workers, {backend}", "torch": "nn.SyncBatchNorm, NCCL"}
     rows = []
-    for name in [name for name in times_s if name != "plain"]:
+    for name in [name for name in times_s if name in contenders]:
         row = common.ratio_row(str(shape), contenders[name], "plain", (times_s[name], times_s["plain"]))
-        share = [w / t for w, t in zip(waiting_s, times_s["sync"], strict=True)]
+        share = [w / t for w, t in zip(waiting_s, times_s[found[0].waits], strict=True)]
         own = {"waiting_ms": statistics.median(waiting_s) * 1e3, "waiting_share": statistics.median(share)}
         rows.append({**row, "goal": None, "steps": steps, **(own if name == "sync" else {})})
     return rows

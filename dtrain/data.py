@@ -159,6 +159,9 @@ class Loader:
         self._accumulate = accumulation(global_batch, micro_batch, world_size)
         self.micro_batch = math.ceil(global_batch / (self._accumulate * world_size))
         """Most samples of one forward of a worker."""
+        shares = share(global_batch, accumulate=self._accumulate, rank=rank, world_size=world_size)
+        self.share = sum(map(len, shares))
+        """Samples of a full global batch that are this worker's."""
         self.even = global_batch % (self._accumulate * world_size) == 0
         """Whether all of them have that many, but for an epoch's last batch."""
         self._place = {"rank": rank, "world_size": world_size}

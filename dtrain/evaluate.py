@@ -27,6 +27,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
+    statistics_of: float = 1.0,
 ) -> dict[str, float]:
     """Means of the scores over a data set, each worker taking a part of it; the same numbers on every worker.
 
@@ -36,6 +37,7 @@ def evaluate(
         dataset: map-style; a `BatchedData` is asked for whole batches.
         score: sums over the samples of a batch, with the same names for each.
         batch_size: samples of one forward.
+        statistics_of: how many samples this worker's running statistics stand for, against those of the others.
     """
     count = len(dataset)  # type: ignore[arg-type]
     mine = range(count)[cut(count, comm.rank, comm.world_size)]
@@ -43,7 +45,7 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with merged_statistics(model, comm):
+        with merged_statistics(model, comm, samples=statistics_of):
             for start in range(0, len(mine), batch_size):
                 batch = to_device(_batch(dataset, mine[start : start + batch_size]), torch.device(device))
                 for name, value in score(model, batch).items():

@@ -54,6 +54,8 @@ class State:
     """What is to be logged after this step, on worker 0: loss, rate, times, bytes. None between records."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The latest evaluation."""
+    share: int = 1
+    """Samples of a full global batch that are this worker's: what its own statistics weigh."""
     rewinds: int = 0
     """How often the run has gone back to an earlier step, because a process was lost."""
 
@@ -146,7 +148,9 @@ class Evaluate(Hook):
         if state.step == self._scored_step:
             return
         self._scored_step = state.step
-        means = evaluate(state.model, self._dataset, self._score, state.comm, device=self._device)
+        means = evaluate(
+            state.model, self._dataset, self._score, state.comm, device=self._device, statistics_of=state.share
+        )
         state.metrics = self._finish(means)
 
     def on_end(self, state: State) -> None:

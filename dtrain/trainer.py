@@ -101,7 +101,9 @@ class Trainer:
         self._begun = False  # whether this process has made a step
         self._ahead = 0  # steps made before this worker's count of the servers' begins
         self._lost = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss times samples, samples
-        self.state = State(model=self.model, comm=self.comm, steps=self._total_steps(), snapshot=self._snapshot)
+        self.state = State(
+            model=self.model, comm=self.comm, steps=self._total_steps(), snapshot=self._snapshot, share=data.share
+        )
         generators.seed_all(config.seed * 1_000_003 + self.comm.rank)
 
     def fit(self) -> State:
@@ -443,7 +445,7 @@ class Trainer:
         if self.replica.pushes is not None and self.comm.rank == 0:
             optimizer["state"] = self.replica.pushes.optimizer_state()
         own = gather_own(self.model, self.comm)
-        merged = merge_statistics(self.model, self.comm)
+        merged = merge_statistics(self.model, self.comm, samples=self.data.share)
         if self.comm.rank != 0:
             return None
         groups: dict[str, object] = {

@@ -71,10 +71,10 @@ def test_shifted(seed: str) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_qlearning(seed: str) -> None:
-    """Targets with precise statistics are nearer the exact values, early above all."""
+    """Targets with precise statistics are nearer the exact values."""
     found = qlearning.main(["--seed", seed, "--steps", "450"])
-    assert found["early precise"] < 0.7 * found["early running"]
-    assert found["end precise"] < found["end running"]
+    assert found["early precise"] < 0.9 * found["early running"]
+    assert found["end precise"] < 0.5 * found["end running"]
 
 
 def test_exact_values() -> None:

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from dtrain import norm
 from dtrain.examples import Data, accuracy, classifier, digits, fit, parsed, shuffled
-from dtrain.norm.domains import domain, per_domain
 
 DOMAINS = ("dark", "pale")
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         """Within each, its domain is set; plain layers take no notice of it."""
         for pair in zip(*(shuffled(train[name], 64, generator) for name in DOMAINS), strict=True):
             for name, batch in zip(DOMAINS, pair, strict=True):
-                with domain(name):
+                with norm.domain(name):
                     yield batch
 
     def mixed() -> Iterator[Data]:
@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             yield torch.cat([dark[0], pale[0]]), torch.cat([dark[1], pale[1]])
 
     models: dict[str, nn.Module] = {name: classifier(flags.seed) for name in ("plain", "mixed", "per domain")}
-    per_domain(models["per domain"], DOMAINS)
+    norm.per_domain(models["per domain"], DOMAINS)
     found = {}
     for name, model in models.items():
         fit(model, flags.epochs, mixed if name == "mixed" else in_turn, lr=0.05)
         for where in DOMAINS:
-            with domain(where):
+            with norm.domain(where):
                 found[f"{name}, {where}"] = accuracy(model, test[where])
         print(f"{name:>10}: " + ", ".join(f"{found[f'{name}, {where}']:.1f} % of {where} digits" for where in DOMAINS))
     return found

@@ -4,7 +4,7 @@ A fully connected network learns digits with batches of 64. It is then fine-tune
 batches of 2 and of 8. Batch norm has one value per sample and channel here: of two values, normalising leaves nothing
 but which is the larger. With `freeze` it normalises by what it learnt before.
 
-Expect: with batches of 2, unfrozen is no better than not fine-tuning at all, or little, and frozen is far above. With
+Expect: with batches of 2, unfrozen is little better than not fine-tuning at all, and frozen is far above. With
 batches of 8 the two are much alike. In a convolutional network, where each sample brings many values a channel, frozen
 was no better even with batches of 2.
 
@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from dtrain import norm
 from dtrain.examples import Data, accuracy, digits, fit, parsed, shuffled
-from dtrain.norm.frozen import freeze
 
 SAMPLES, BATCHES = 200, (2, 8)
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         for name in ("unfrozen", "frozen"):
             tuned = copy.deepcopy(model)
             if name == "frozen":
-                freeze(tuned)
+                norm.freeze(tuned)
             order = torch.Generator().manual_seed(flags.seed)
             fit(tuned, flags.epochs, partial(shuffled, few, size, order), lr=0.005)
             found[f"{name} {size}"] = accuracy(tuned, new_test)

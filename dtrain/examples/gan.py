@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtrain import norm
 from dtrain.examples import Data, digits, parsed, shuffled
-from dtrain.norm.diagnose import diagnose
-from dtrain.norm.modes import no_update
 
 NOISE = 16  # numbers that an image is made from
 
@@ -51,7 +50,7 @@ def trained(train: Data, *, seed: int, epochs: int, protect: bool) -> nn.Module:
     makes, judges = (torch.optim.Adam(m.parameters(), lr=1e-3, betas=(0.5, 0.99)) for m in (generator, discriminator))
 
     def judged(images: Tensor, *, real: bool, wanted: float) -> Tensor:
-        with contextlib.nullcontext() if real or not protect else no_update(discriminator):
+        with contextlib.nullcontext() if real or not protect else norm.no_update(discriminator):
             verdict = discriminator(images)
         return F.binary_cross_entropy_with_logits(verdict, torch.full_like(verdict, wanted))
 
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     found = {}
     for name, protect in (("without", False), ("with", True)):
         discriminator = trained(train, seed=flags.seed, epochs=flags.epochs, protect=protect)
-        diagnosis = diagnose(discriminator, train[0].split(64))
+        diagnosis = norm.diagnose(discriminator, train[0].split(64))
         squares = [layer.mean_shift**2 for layer in diagnosis.layers]
         found[f"distance {name}"] = (sum(squares) / len(squares)) ** 0.5
         found[f"change {name}"] = diagnosis.output_shift

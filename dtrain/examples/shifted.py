@@ -19,8 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dtrain import norm
 from dtrain.examples import Data, accuracy, classifier, digits, fit, parsed, shuffled
-from dtrain.norm.precise import adapt
 
 
 def brightened(images: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         shifted: Data = (shift(test[0]), test[1])
         found[f"{name} before"] = accuracy(model, shifted)
         adapted = copy.deepcopy(model)
-        adapt(adapted, shift(train[0]).split(256))  # new images, no labels
+        norm.adapt(adapted, shift(train[0]).split(256))  # new images, no labels
         found[f"{name} after"] = accuracy(adapted, shifted)
         print(f"{name}: {found[f'{name} before']:.1f} % right before, {found[f'{name} after']:.1f} % after adapt")
     return found

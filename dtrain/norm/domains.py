@@ -82,11 +82,13 @@ class DomainBatchNorm(NormLayer):
         kept = self._domain()
         weight, bias = (self.weight, self.bias) if kept.weight is None else (kept.weight, kept.bias)
         tracked, factor = kept.num_batches_tracked, self.momentum
-        if self.training and tracked is not None:
+        mean, var = kept.running_mean, kept.running_var
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        elif self.training and tracked is not None:
             tracked.add_(1)
             factor = 1.0 / float(tracked) if factor is None else factor
-        by_batch = self.training or kept.running_mean is None
-        return F.batch_norm(x, kept.running_mean, kept.running_var, weight, bias, by_batch, factor or 0.0, self.eps)
+        return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, factor or 0.0, self.eps)
 
     def _domain(self) -> Domain:
         name = _current.get()

@@ -15,6 +15,7 @@ from dtrain import norm
 from dtrain.errors import UsageError
 from dtrain.norm.domains import DomainBatchNorm, domain, per_domain
 from dtrain.norm.layer import layers
+from dtrain.norm.modes import no_update
 from tests.norm.test_sync import OPTIONS, SHAPES, Net, close, data, identities, plain_layer, run
 
 NAMES = ["day", "night"]
@@ -189,6 +190,19 @@ def test_refused_affine() -> None:
     """Another word."""
     with pytest.raises(UsageError, match="affine is True: one of shared, separate"):
         per_domain(Net(), NAMES, affine=True)  # type: ignore[arg-type]
+
+
+def test_without_updates() -> None:
+    """`no_update` reaches the domains' statistics: outputs by batch or by them, and they stay as they are."""
+    model, plain = per_domain(nn.Sequential(plain_layer(nn.BatchNorm1d)), NAMES), plain_layer(nn.BatchNorm1d)
+    before = copy.deepcopy(model.state_dict())
+    x = data((6, 4))
+    with domain("day"):
+        with no_update(model):
+            close(model(x), copy.deepcopy(plain)(x), 1e-12)
+        with no_update(model, use="running"):
+            close(model(x), plain.eval()(x), 1e-12)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_frozen_weights_stay_frozen() -> None:

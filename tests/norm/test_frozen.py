@@ -80,6 +80,7 @@ def test_convert_and_revert_change_no_tensor() -> None:
         assert model.shared is model.again
         assert isinstance(model.inner[1], FrozenBatchNorm)
     revert(model)
+    assert vars(model.shared).keys() == vars(nn.BatchNorm1d(4)).keys()
     assert [type(m) for m in model.modules()] == types
     assert identities(model) == tensors
     model(data((5, 4)))

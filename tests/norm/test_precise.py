@@ -235,15 +235,32 @@ def test_a_layer_that_no_batch_reaches() -> None:
 
 
 def test_compiled() -> None:
-    """A compiled model is run as it was written, also where it has been compiled for evaluation before; and after, it
-    is as if nothing had been."""
+    """A compiled model is run as it was written: no graph is made that would keep the hooks, or used that has none."""
+    made: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        made.append(1)
+        return graph
+
     model = nn.Sequential(plain_layer(nn.BatchNorm1d), nn.Tanh(), plain_layer(nn.BatchNorm1d))
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=backend)
     compiled.eval()(WHOLE)
+    before = len(made)
     precise(compiled, BATCHES)
+    assert len(made) == before > 0
     is_of(model[0], WHOLE)
     close(compiled(WHOLE), model(WHOLE))
     torch._dynamo.reset()
+
+
+def test_a_batch_of_one_sample() -> None:
+    """It has no variance, and is normalised by the statistics of before."""
+    model = nn.Sequential(plain_layer(nn.BatchNorm1d), plain_layer(nn.BatchNorm1d))
+    old = state(model)
+    precise(model, [WHOLE[:1], WHOLE[1:]])
+    alone = normalise(model[0], WHOLE[:1], old["0.running_mean"], old["0.running_var"])
+    is_of(model[0], WHOLE)
+    is_of(model[1], torch.cat([alone, by_batch(model[0], WHOLE[1:])]).detach())
 
 
 # --- kinds
@@ -292,6 +309,19 @@ def test_domains(estimator: str) -> None:
     is_of(model.get_submodule("0.domains.b"), torch.cat(BATCHES[1:3]))
     kept = [name for name in before if name.startswith(("0.running", "0.domains.c", "0.weight"))]
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in kept)
+
+
+def test_later_layers_of_domains() -> None:
+    """Batches are normalised with the domain's own weight and bias."""
+    model = per_domain(
+        nn.Sequential(plain_layer(nn.BatchNorm1d), plain_layer(nn.BatchNorm1d)), ["a"], affine="separate"
+    )
+    model.get_parameter("0.domains.a.weight").data.fill_(7.0)
+    with domain("a"):
+        precise(model, [WHOLE])
+    plain = plain_layer(nn.BatchNorm1d)
+    plain.weight.data.fill_(7.0)  # type: ignore[union-attr, operator]
+    is_of(model.get_submodule("1.domains.a"), by_batch(plain, WHOLE).detach())
 
 
 # --- ema
@@ -355,20 +385,20 @@ def test_layerwise_normalises_exactly_in_evaluation() -> None:
 
 
 def test_layerwise_in_the_order_of_the_forward() -> None:
-    """Not in that of registration; and a second time nothing changes."""
+    """Not in that of registration or of names; and a second time nothing changes."""
 
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.second, self.first = plain_layer(nn.BatchNorm1d, eps=0.0), plain_layer(nn.BatchNorm1d, eps=0.0)
+            self.after, self.before = plain_layer(nn.BatchNorm1d, eps=0.0), plain_layer(nn.BatchNorm1d, eps=0.0)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.second(torch.tanh(self.first(x)))  # type: ignore[no-any-return]
+            return self.after(torch.tanh(self.before(x)))  # type: ignore[no-any-return]
 
     model = Backwards()
     precise(model, BATCHES, estimator="layerwise")
-    is_of(model.first, WHOLE)
-    is_of(model.second, torch.tanh(normalise(model.first, WHOLE, WHOLE.mean(0), WHOLE.var(0))).detach())
+    is_of(model.before, WHOLE)
+    is_of(model.after, torch.tanh(normalise(model.before, WHOLE, WHOLE.mean(0), WHOLE.var(0))).detach())
     for change in precise(model, BATCHES, estimator="layerwise").layers.values():
         assert change.mean < 1e-12
         assert change.variance == pytest.approx(1.0, abs=1e-12)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dtrain import norm
 from dtrain.errors import UsageError
+from dtrain.norm.modes import no_update
 from dtrain.norm.renorm import BatchRenorm, renorm
 from tests.norm.test_sync import OPTIONS, SHAPES, Net, close, data, identities, plain_layer, run
 
@@ -150,6 +151,16 @@ def test_half_precision_inputs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(dx.double(), wanted_dx, rtol=0.05, atol=0.01)
     torch.testing.assert_close(layer.running_mean.double(), wide.running_mean, rtol=1e-5, atol=0)
     torch.testing.assert_close(layer.running_var.double(), wide.running_var, rtol=1e-4, atol=0)
+
+
+def test_without_updates() -> None:
+    """Under `no_update` outputs are as in training; averages, and with them the schedule, stay where they are."""
+    model = renorm(nn.Sequential(plain_layer(nn.BatchNorm1d)), **AT_ONCE)
+    before = copy.deepcopy(model.state_dict())
+    with no_update(model):
+        y = model(data((6, 4)))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    close(y, model(data((6, 4))), 0)
 
 
 def test_channels_last_and_transposed() -> None:

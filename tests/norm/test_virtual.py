@@ -175,7 +175,7 @@ def test_another_reference_batch() -> None:
 
 
 def test_a_part_with_a_reference_batch_of_its_own() -> None:
-    """A part converted after the whole has its own, through which the whole's goes as examples."""
+    """A part converted after the whole has its own, through which the whole's goes as examples, if a layer needs it."""
     whole: Any = virtual(
         nn.Sequential(nn.Sequential(plain_layer(nn.BatchNorm1d)), plain_layer(nn.BatchNorm1d)), data((3, 4), 8)
     )
@@ -183,6 +183,9 @@ def test_a_part_with_a_reference_batch_of_its_own() -> None:
     x, plain = data((2, 4)), plain_layer(nn.BatchNorm1d)
     between = by_formula(plain, data((REFERENCE, 4), 3), torch.cat([data((3, 4), 8), x]), include=True)
     close(whole(x), by_formula(plain, between[:3], between[3:], include=True), 1e-12)
+    model: Any = virtual(Odd(), data((3, 4), 8))
+    model.bn = virtual(model.bn, data((REFERENCE, 4), 3))
+    assert len(model(x, "no layer of the whole's is left, which takes one tensor")) == 2
 
 
 def pickled(model: nn.Module) -> nn.Module:
