@@ -1,7 +1,7 @@
 """Forward and backward of each kind of batch norm against plain `nn.BatchNorm2d`, at shapes of ResNet layers.
 
     python benchmarks/norm.py                      shapes of ResNet-18 and ResNet-50, all kinds: some minutes
-    python benchmarks/norm.py --quick --json F     two small shapes, some seconds
+    python benchmarks/norm.py --quick --json F     two shapes and short turns, half a minute
     python benchmarks/norm.py --kind ghost renorm  only kinds whose name contains one of these
 
 Kinds:
@@ -63,7 +63,7 @@ SHAPES: list[Shape] = [
     (32, 2048, 7, 7),
 ]
 """Outputs of the stages: ResNet-18, then ResNet-50."""
-QUICK: list[Shape] = [(32, 64, 14, 14), (32, 128, 7, 7)]
+QUICK: list[Shape] = [(32, 128, 28, 28), (32, 512, 7, 7)]
 SHARED: list[Shape] = [(32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7)]
 
 REFERENCE = 32
@@ -71,8 +71,6 @@ REFERENCE = 32
 GROUPS = 32
 STOPPED = "sync, stopped"
 """On CUDA: turns in which the device is stopped around each transfer, for the time of waiting alone."""
-TURN_S = 0.1
-"""About how long a turn is."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def stepper(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def steps_in(turn_s: float, step: Callable[[], None]) -> int:
-    """How many steps fill a turn."""
+    """How many steps last about that long."""
     step()
     start_s = time.perf_counter()
     step()
@@ -132,12 +130,12 @@ def steps_in(turn_s: float, step: Callable[[], None]) -> int:
 # -- one worker -------------------------------------------------------------------------------------------------------
 
 
-def alone(shape: Shape, kinds: list[Kind], rounds: int, device: str) -> list[common.Row]:
+def alone(shape: Shape, kinds: list[Kind], device: str, *, rounds: int, turn_s: float) -> list[common.Row]:
     """Each kind against the plain layer."""
     x, dy = (_numbers(shape, seed=seed, device=device) for seed in (0, 1))
     x.requires_grad_()
     baseline = stepper(nn.BatchNorm2d(shape[1], device=device), x, dy)
-    steps = steps_in(TURN_S, baseline)
+    steps = steps_in(turn_s, baseline)
     rows = []
     for kind in kinds:
         layer = kind.make(nn.BatchNorm2d(shape[1]), shape).to(device)
@@ -234,9 +232,11 @@ def shared_rows(backend: str, shape: Shape, found: list[Found], steps: int) -> l
     rows = []
     for name in [name for name in times_s if name in contenders]:
         row = common.ratio_row(str(shape), contenders[name], "plain", (times_s[name], times_s["plain"]))
-        share = [w / t for w, t in zip(waiting_s, times_s[found[0].waits], strict=True)]
-        own = {"waiting_ms": statistics.median(waiting_s) * 1e3, "waiting_share": statistics.median(share)}
-        rows.append({**row, "goal": None, "steps": steps, **(own if name == "sync" else {})})
+        row |= {"goal": None, "steps": steps}
+        if name == "sync":
+            shares = [w / t for w, t in zip(waiting_s, times_s[found[0].waits], strict=True)]
+            row |= {"waiting_ms": statistics.median(waiting_s) * 1e3, "waiting_share": statistics.median(shares)}
+        rows.append(row)
     return rows
 
 
@@ -270,7 +270,7 @@ def main() -> None:
     kinds = [kind for kind in KINDS if any(word in kind.name for word in arguments.kind)]
     rows = []
     for shape in QUICK if arguments.quick else SHAPES:
-        rows += alone(shape, kinds, rounds, device)
+        rows += alone(shape, kinds, device, rounds=rounds, turn_s=0.02 if arguments.quick else 0.1)
     print(show(rows), flush=True)
     shared = _shared(arguments, rounds) if arguments.workers else []
     if shared:

@@ -145,7 +145,9 @@ class Diagnosis:
             axes.axvline(limit, color="black", linestyle=":", linewidth=1)
             axes.set_xlabel(text)
         left.set_yticks(places, [r.path for r in self.layers])
+        left.margins(y=0.02)
         left.invert_yaxis()
+        right.set_xscale("log")
         figure.savefig(file)
 
 
@@ -234,9 +236,8 @@ def _flat(outputs: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """After it, training flags, buffers and the numbers that batch-norm layers keep are what they were."""
+    """After it, buffers and the numbers and flags that modules keep, `training` for one, are what they were."""
     modules = list(model.modules())
-    modes = [module.training for module in modules]
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     numbers = [(m, {k: v for k, v in m.__dict__.items() if isinstance(v, (int, float))}) for m in modules]
     try:
@@ -246,8 +247,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer.copy_(value)
         for module, kept in numbers:
             module.__dict__.update(kept)
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
 
 
 @contextlib.contextmanager
