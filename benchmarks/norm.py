@@ -42,11 +42,7 @@ from torch import Tensor, nn
 import dtrain
 from dtrain.comm import collectives
 from dtrain.measure import metered
-from dtrain.norm.convert import convert
-from dtrain.norm.frozen import freeze
-from dtrain.norm.group import replace_with_group_norm
-from dtrain.norm.renorm import renorm
-from dtrain.norm.virtual import virtual
+from dtrain.norm import convert, freeze, renorm, replace_with_group_norm, virtual
 from dtrain.tables import table
 
 Shape = tuple[int, ...]

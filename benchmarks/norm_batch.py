@@ -38,9 +38,7 @@ from dtrain.comm.solo import Solo
 from dtrain.data import shuffled
 from dtrain.errors import DataError
 from dtrain.evaluate import evaluate
-from dtrain.norm.convert import convert
-from dtrain.norm.group import replace_with_group_norm
-from dtrain.norm.precise import precise
+from dtrain.norm import convert, precise, replace_with_group_norm
 from dtrain.recipes.data import TensorData
 from dtrain.recipes.tasks import class_score, seeded, warmup_cosine
 from dtrain.tables import table

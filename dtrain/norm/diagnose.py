@@ -24,11 +24,13 @@ from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
 from dtrain.errors import UsageError
 from dtrain.norm.domains import DomainBatchNorm
+from dtrain.norm.frozen import FrozenBatchNorm
 from dtrain.norm.ghost import GhostBatchNorm, group_sizes
 from dtrain.norm.layer import layers
 from dtrain.norm.merge import merged_statistics
 from dtrain.norm.moments import merge, moments
 from dtrain.norm.sync import SyncBatchNorm
+from dtrain.norm.virtual import VirtualBatchNorm
 from dtrain.tables import table
 
 MEAN_SHIFT = 0.25
@@ -333,8 +335,8 @@ def _report(path: str, layer: _BatchNorm, rows: Tensor) -> LayerReport:
         batch_variances = m2s / (counts - 1).clamp(min=1).unsqueeze(1)
         mean_noise = _rms((means.var(0) / variance).sqrt()[alive])
         variance_noise = _rms((batch_variances.std(0) / variance)[alive])
-    kept = layer._domain() if isinstance(layer, DomainBatchNorm) else layer
-    if kept.running_mean is not None and kept.running_var is not None:
+    kept = layer.current() if isinstance(layer, DomainBatchNorm) else layer
+    if kept.running_mean is not None and kept.running_var is not None and not isinstance(layer, VirtualBatchNorm):
         mean_shift = _rms(((kept.running_mean.to(mean) - mean) / variance.sqrt())[alive])
         logarithm = (kept.running_var.to(mean) / variance)[alive].clamp(min=1e-12).log()
         ratio, factor = math.exp(logarithm.mean().item()), math.exp(_rms(logarithm))
@@ -343,7 +345,8 @@ def _report(path: str, layer: _BatchNorm, rows: Tensor) -> LayerReport:
     findings: dict[str, str] = {}
     if mean_shift > MEAN_SHIFT or factor > VARIANCE_FACTOR:
         findings["stale"] = _stale(layer, mean_shift, ratio, factor)
-    if mean_noise > MEAN_NOISE or variance_noise > VARIANCE_NOISE:
+    by_batch = not isinstance(layer, (FrozenBatchNorm, VirtualBatchNorm))
+    if by_batch and (mean_noise > MEAN_NOISE or variance_noise > VARIANCE_NOISE):
         findings["noisy"] = (
             f"statistics of {samples:.0f} samples scatter by {mean_noise:.2f} standard deviations (mean) and by "
             f"{100 * variance_noise:.0f} % (variance)"

@@ -79,7 +79,7 @@ class DomainBatchNorm(NormLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        kept = self._domain()
+        kept = self.current()
         weight, bias = (self.weight, self.bias) if kept.weight is None else (kept.weight, kept.bias)
         tracked, factor = kept.num_batches_tracked, self.momentum
         mean, var = kept.running_mean, kept.running_var
@@ -90,7 +90,12 @@ class DomainBatchNorm(NormLayer):
             factor = 1.0 / float(tracked) if factor is None else factor
         return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, factor or 0.0, self.eps)
 
-    def _domain(self) -> Domain:
+    def current(self) -> Domain:
+        """What is kept of the domain that is set.
+
+        Raises:
+            UsageError: none is, or it is unknown.
+        """
         name = _current.get()
         if name is None or name not in self.domains:
             said = "no domain is set" if name is None else f"there is no domain {name!r}"

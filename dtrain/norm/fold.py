@@ -20,7 +20,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dtrain.norm.layer import PLAIN, layers, revert
+from dtrain.norm.domains import DomainBatchNorm
+from dtrain.norm.layer import PLAIN, NormLayer, layers, swap
+from dtrain.norm.virtual import VirtualBatchNorm
 
 _KNOWN = (*PLAIN, nn.SyncBatchNorm)  # other classes may compute something else in evaluation
 
@@ -51,7 +53,8 @@ def fold(model: nn.Module, example: Any) -> Folded:
     """Fold every batch norm that can be into the convolution or linear layer right before it.
 
     Args:
-        model: is not changed. Kinds of batch norm are made plain in the copy.
+        model: is not changed. Kinds of batch norm are made plain in the copy; layers of several domains take the
+            statistics of the domain around the call (`with domain(name)`). A model with virtual batch norm is left.
         example: an input of the model, or a tuple of its inputs; the outputs on it are compared.
 
     Returns:
@@ -60,7 +63,11 @@ def fold(model: nn.Module, example: Any) -> Folded:
     """
     original = copy.deepcopy(model).eval()
     wanted = _outputs(original, example)
-    new = revert(original).eval()
+    found = layers(original)
+    if any(isinstance(layer, VirtualBatchNorm) for layer in found.values()):
+        why = "virtual batch norm normalises by a reference batch, in evaluation too"
+        return _compared(original, example, wanted, left=[(path, why) for path in found])
+    new = swap(original, _plain).eval()
     if isinstance(new, _BatchNorm):
         return _compared(new, example, wanted, left=[("batch_norm", "it is the whole model")])
     found = layers(new)
@@ -79,6 +86,19 @@ def fold(model: nn.Module, example: Any) -> Folded:
             _replace(new, before, _fused(before, norm))
             _replace(new, norm, nn.Identity().eval())
     return _compared(new, example, wanted, folded=folded, left=left)
+
+
+def _plain(layer: _BatchNorm, _: str) -> _BatchNorm:
+    """What a layer of any kind is in evaluation; of one for several domains, in the domain around the call."""
+    if not isinstance(layer, NormLayer):
+        return layer
+    plain = layer.to_plain()
+    if isinstance(layer, DomainBatchNorm):
+        kept = layer.current()
+        plain.running_mean, plain.running_var = kept.running_mean, kept.running_var
+        for name, own in kept.named_parameters():
+            setattr(plain, name, own)
+    return plain
 
 
 class _Tracer(fx.Tracer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.errors import UsageError
-from dtrain.norm.layer import NormLayer, swap
+from dtrain.norm.layer import NormLayer, layers, swap
 
 Layer = TypeVar("Layer", bound="FrozenBatchNorm")
 
@@ -69,7 +69,7 @@ def freeze(model: nn.Module, *, start: str | None = None, affine: bool = False) 
     Raises:
         UsageError: no layer at `start`; a layer without running statistics; a lazy or foreign class.
     """
-    found = {path or "batch_norm": m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    found = layers(model)
     if start is not None and start not in found:
         raise UsageError(f"no batch-norm layer has the path {start!r}; there are: {', '.join(found) or 'none'}")
     chosen = list(found.values())[list(found).index(start) if start is not None else 0 :]

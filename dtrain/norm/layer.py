@@ -91,11 +91,8 @@ def places(model: nn.Module) -> list[tuple[nn.Module | None, str, _BatchNorm, st
 
 
 def layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Every batch-norm layer of a model once, by the path of its first place."""
-    found: dict[int, tuple[str, _BatchNorm]] = {}
-    for _, _, layer, path in places(model):
-        found.setdefault(id(layer), (path, layer))
-    return dict(found.values())
+    """Every batch-norm layer of a model once, in order of registration, by the path of its first place."""
+    return {path or "batch_norm": m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def swap(model: nn.Module, make: Callable[[_BatchNorm, str], nn.Module]) -> nn.Module:

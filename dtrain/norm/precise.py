@@ -272,7 +272,7 @@ class _Run:
 
 def _hook(found: dict[int, _Inputs], uses: Iterator[int], decay: float) -> Callable[..., Tensor | None]:
     def collect(layer: _BatchNorm, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], _: Tensor) -> Tensor | None:
-        place = _Place(layer, layer._domain() if isinstance(layer, DomainBatchNorm) else layer)
+        place = _Place(layer, layer.current() if isinstance(layer, DomainBatchNorm) else layer)
         if id(place.holder) not in found:
             return None
         x = next(iter((*args, *kwargs.values())))

@@ -148,6 +148,14 @@ def test_ghost_groups_are_what_is_judged() -> None:
     assert "noisy" in row.findings
 
 
+def test_kinds_that_do_not_use_statistics_of_batches() -> None:
+    """A frozen layer is not noisy, whatever the size of batches; a virtual one has no use for running averages."""
+    frozen = diagnose(norm.freeze(trained(1000)), batches(40, 4)).layers[0]
+    assert frozen.mean_noise > MEAN_NOISE
+    assert frozen.findings == {}
+    assert diagnose(norm.virtual(network(), batches(1)[0]), batches(40, 4)).layers[0].findings == {}
+
+
 def test_batches_that_are_not_drawn_alike() -> None:
     """Sorted data: the means of batches differ by more than chance."""
     ordered = torch.cat(batches(20)).sort(0).values.split(64)

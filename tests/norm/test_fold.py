@@ -164,6 +164,25 @@ def test_a_model_that_cannot_be_traced() -> None:
     assert found.max_difference == 0
 
 
+def test_the_domain_around_the_call_is_folded() -> None:
+    model = norm.per_domain(ready(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), ["a", "b"], affine="separate")
+    kept = model[1].domains["b"]
+    with torch.no_grad():
+        for tensor in (kept.running_mean, kept.running_var, kept.weight, kept.bias):
+            tensor.mul_(3)
+    x = random(4, 3)
+    with norm.domain("b"):
+        found = check(model, x, ["0 -> 1"], [])
+    with norm.domain("a"):
+        assert (model.eval()(x) - found.model(x)).abs().max() > 0.1
+
+
+def test_virtual_batch_norm_is_left() -> None:
+    """It is no fixed scale and shift."""
+    model = norm.virtual(ready(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), random(6, 3))
+    assert "reference batch" in check(model, random(4, 3), [], ["1"]).left[0][1]
+
+
 def test_kinds_are_folded_too() -> None:
     model = ready(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     norm.convert(model, norm_batch=2, micro_batch=4, comm=Solo())
@@ -184,7 +203,7 @@ class TwoNames(nn.Module):
 
 def test_a_layer_with_two_names() -> None:
     """A layer that stands in two places but is called once is replaced in both."""
-    found = check(ready(TwoNames()), random(4, 3), ["inner.0 -> alias"], [])
+    found = check(ready(TwoNames()), random(4, 3), ["inner.0 -> inner.1"], [])
     assert found.model.alias is found.model.inner[1]
 
 
