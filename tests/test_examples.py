@@ -10,7 +10,7 @@ import pytest
 from dtrain import examples
 from dtrain.examples import domains, finetune, gan, qlearning, shifted
 
-SEEDS = ["0", "1"]
+SEEDS = ["0", pytest.param("1", marks=pytest.mark.slow)]
 
 
 def test_every_example_is_tested() -> None:

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtrain.norm.layer import NormLayer
-from dtrain.norm.moments import merge
+from dtrain.norm.moments import in_rows, merge, row_moments
+
+_LEAST = 64
+"""Values in a row, one sample's in one channel, from which rows are quicker than groups."""
 
 
 class GhostBatchNorm(NormLayer):
@@ -31,19 +34,17 @@ class GhostBatchNorm(NormLayer):
         self._check_input_dim(x)
         if not self.training or len(x) <= self.norm_batch:
             return super().forward(x)
-        sizes = group_sizes(len(x), self.norm_batch, values=x[0, 0].numel())
-        apply: Any = _Groups.apply
-        y, means, inverses = apply(x, self.weight, self.bias, sizes, self.eps)
-        self._take_in(means, inverses, [size * x[0, 0].numel() for size in sizes])
+        if not _dense(x):  # torch's kernel with out= is wrong on other strides
+            x = x.contiguous()
+        values = x[0, 0].numel()
+        sizes = group_sizes(len(x), self.norm_batch, values=values)
+        apply: Any = (_Rows if in_rows(x, least=_LEAST) and _same(self.weight, x) else _Groups).apply
+        y, means, variances = apply(x, self.weight, self.bias, sizes, self.eps)
+        counts = torch.tensor(sizes, dtype=torch.float64, device=x.device) * values
+        mean, m2, count = merge(means.double(), variances.double() * counts.unsqueeze(1), counts)
+        self.update_running(mean, m2 / count, count)
         out: Tensor = y
         return out
-
-    @torch.no_grad()
-    def _take_in(self, means: Tensor, inverses: Tensor, counts: list[int]) -> None:
-        sizes = torch.tensor(counts, dtype=torch.float64, device=means.device)
-        variances = inverses.double().square().reciprocal().sub_(self.eps).clamp_(min=0)
-        mean, m2, count = merge(means.double(), variances * sizes.unsqueeze(1), sizes)
-        self.update_running(mean, m2 / count, count)
 
 
 def group_sizes(samples: int, norm_batch: int, *, values: int = 2) -> list[int]:
@@ -74,8 +75,9 @@ class _Groups(torch.autograd.Function):
         means, inverses = (torch.stack(rows) for rows in zip(*kept, strict=True))
         ctx.sizes, ctx.eps = sizes, eps
         ctx.save_for_backward(x, weight, bias, means, inverses)
-        ctx.mark_non_differentiable(means, inverses)
-        return y, means, inverses
+        variances = inverses.double().square().reciprocal().sub_(eps).clamp_(min=0)
+        ctx.mark_non_differentiable(means, variances)
+        return y, means, variances
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -94,6 +96,87 @@ class _Groups(torch.autograd.Function):
         if weight is None:
             return dx, None, None, None, None
         return dx, torch.stack(dws).sum(0), torch.stack(dbs).sum(0), None, None
+
+
+class _Rows(torch.autograd.Function):
+    """By rows, the values of one sample in one channel: each pass goes over all groups at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, sizes: list[int], eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        samples, channels = x.shape[:2]
+        values = x[0, 0].numel()
+        counts = torch.tensor(sizes, dtype=torch.float64).unsqueeze(1) * values
+        row_means, row_m2s = row_moments(x)
+        means = _gather(row_means, sizes) * values / counts
+        away = (row_means - _spread(means, sizes, x.dtype)).square_().mul_(values)
+        variances = _gather(away.add_(row_m2s), sizes) / counts
+        y = F.batch_norm(
+            x.view(1, samples * channels, values),
+            _spread(means, sizes, x.dtype).view(-1),
+            _spread(variances, sizes, x.dtype).view(-1),
+            None if weight is None else weight.repeat(samples),
+            None if bias is None else bias.repeat(samples),
+            eps=eps,
+        )
+        ctx.sizes, ctx.eps = sizes, eps
+        ctx.save_for_backward(x, weight, bias, means, variances, counts)
+        ctx.mark_non_differentiable(means, variances)
+        return y.view_as(x), means, variances
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, means, variances, counts = ctx.saved_tensors
+        sizes, kind = ctx.sizes, x.dtype
+        if torch.is_grad_enabled():  # a double backward: by torch's own formulas
+            return (*_composed(x, weight, bias, dy, sizes, ctx.eps, ctx.needs_input_grad[:3]), None, None)
+        samples, channels = x.shape[:2]
+        inverses = (variances + ctx.eps).rsqrt()
+        mean, inverse = (_spread(t, sizes, kind).view(-1) for t in (means, inverses))
+        one = torch.ones_like(mean)
+        x_rows, dy_rows = (t.reshape(1, samples * channels, -1) for t in (x, dy))
+        # Over each row: the sum of dy times the normalised input, and of dy.
+        sums_of = torch.ops.aten.native_batch_norm_backward
+        _, *sums = sums_of(dy_rows, x_rows, one, None, None, mean, inverse, True, 0.0, [False, True, True])
+        dy_x, dy_only = (_gather(t.view(samples, channels), sizes) for t in sums)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            scale = inverses if weight is None else inverses * weight
+            slope = -scale * inverses * dy_x / counts
+            shift = -scale * dy_only / counts - slope * means
+            slope, shift, scale = (_spread(t, sizes, kind).view(-1) for t in (slope, shift, scale))
+            # x * slope + shift, by the kernel that writes it in one pass, plus dy * scale.
+            dx = F.batch_norm(x_rows, torch.zeros_like(one), one, slope, shift, eps=0.0)
+            dx = dx.addcmul_(dy_rows, scale.view(1, -1, 1)).view_as(x)
+        if weight is None:
+            return dx, None, None, None, None
+        return dx, dy_x.sum(0).to(weight.dtype), dy_only.sum(0).to(weight.dtype), None, None
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether it lies in memory in one of the orders that torch's kernels know."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+
+
+def _same(weight: Tensor | None, x: Tensor) -> bool:
+    return weight is None or weight.dtype == x.dtype
+
+
+def _gather(rows: Tensor, sizes: list[int]) -> Tensor:
+    """Sums over the samples of each group: (N, C) to (groups, C), float64."""
+    if sizes[-1] == sizes[0]:
+        return rows.view(len(sizes), sizes[0], -1).sum(1, dtype=torch.float64)
+    return torch.stack([part.sum(0, dtype=torch.float64) for part in rows.split(sizes)])
+
+
+def _spread(groups: Tensor, sizes: list[int], kind: torch.dtype) -> Tensor:
+    """What each group has, for each of its samples: (groups, C) to (N, C)."""
+    groups = groups.to(kind)
+    if sizes[-1] == sizes[0]:
+        return groups.unsqueeze(1).expand(-1, sizes[0], -1).reshape(-1, groups.shape[1])
+    return groups.repeat_interleave(torch.tensor(sizes), 0)
 
 
 def _stats(part: Tensor) -> tuple[Tensor, Tensor]:

@@ -111,24 +111,34 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, count = ctx.saved_tensors
-        dims = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        wide = dy.to(mean.dtype)
-        centred = x.to(mean.dtype) - mean.view(shape)
-        # Over this worker's samples: the sum of dy, and of dy times the normalised input.
-        own = torch.cat([wide.sum(dims), (wide * centred).sum(dims) * inverse])
-        own_dy, own_dy_x = own.chunk(2)
+        kind = mean.dtype
+        x, wide, one = x.to(kind), dy.to(kind), torch.ones_like(mean)
+        own_dy_x, own_dy = _sums(wide, x, mean, inverse)
         dx = None
         if ctx.needs_input_grad[0]:
+            own = torch.cat([own_dy, own_dy_x])
             # One row a group of workers, as above.
             sums = own.new_zeros(ctx.comm.world_size // ctx.group_size, own.numel(), dtype=torch.float64)
             row = sums[ctx.comm.rank // ctx.group_size].copy_(own)
             ctx.comm.all_reduce(sums.view(-1), f"norm/{ctx.key}.backward").wait()
-            mean_dy, mean_dy_x = (row / count.clamp(min=1)).to(mean.dtype).chunk(2)
-            scale = inverse if weight is None else inverse * weight.to(mean.dtype)
-            centred.mul_((inverse * mean_dy_x).view(shape)).neg_().add_(wide).sub_(mean_dy.view(shape))
-            dx = centred.mul_(scale.view(shape)).to(dy.dtype)
+            mean_dy, mean_dy_x = (row / count.clamp(min=1)).chunk(2)
+            scale = inverse.double() if weight is None else inverse.double() * weight
+            slope = -scale * inverse * mean_dy_x
+            shift = -scale * mean_dy - slope * mean
+            # x * slope + shift, by the kernel that writes it in one pass, plus dy * scale.
+            dx = F.batch_norm(x, torch.zeros_like(mean), one, slope.to(kind), shift.to(kind), False, 0.0, 0.0)
+            dx = dx.addcmul_(wide, scale.to(kind).view([1, -1] + [1] * (x.dim() - 2))).to(dy.dtype)
         # Parameters' gradients stay local: they are summed over workers with all the others.
         dw = None if weight is None else own_dy_x.to(weight.dtype)
         db = None if weight is None else own_dy.to(weight.dtype)
         return dx, dw, db, *[None] * 7
+
+
+def _sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Over this worker's samples: the sum of dy times the normalised input, and of dy; one pass over both."""
+    if x.numel() == 0:  # torch's kernel divides by the number of samples, and the process dies
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    kernel = torch.ops.aten.native_batch_norm_backward
+    needed = [False, True, True]
+    _, dy_x, only_dy = kernel(dy, x, torch.ones_like(mean), None, None, mean, inverse, True, 0.0, needed)
+    return dy_x, only_dy

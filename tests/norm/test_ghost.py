@@ -144,3 +144,33 @@ def test_copies_and_back_again() -> None:
     assert list(model.state_dict()) == keys
     assert list(map(id, model.parameters())) == parameters
     assert type(revert(model)[1]) is nn.BatchNorm2d  # type: ignore[index]
+
+
+LAYOUTS: dict[str, Any] = {
+    "transposed": lambda: data((4, 12)).t(),
+    "every second": lambda: data((24, 4, 3))[::2],
+    "channels cut": lambda: data((12, 8, 9, 9))[:, ::2],
+    "sides swapped": lambda: data((12, 4, 9, 8)).transpose(2, 3),
+    "channels last": lambda: data((12, 4, 9, 9)).to(memory_format=torch.channels_last),
+    "channels last, 3-D": lambda: data((12, 4, 5, 5, 3)).to(memory_format=torch.channels_last_3d),
+    "expanded": lambda: data((12, 4, 1, 1)).expand(12, 4, 9, 9),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_any_layout_in_memory(layout: Any) -> None:
+    """Of the input and of the gradient that comes back."""
+    x = layout()
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[x.dim()]
+    layer, same = ghost(plain_layer(kind), 5), ghost(plain_layer(kind), 5)
+    wanted = run(same, x.contiguous(), weights)
+    for found, right in zip(run(layer, x, weights), wanted, strict=True):
+        close(found, right, 1e-11)
+    swapped = weights.transpose(0, 1).contiguous().transpose(0, 1)
+    for found, right in zip(run(ghost(plain_layer(kind), 5), x, swapped), wanted, strict=True):
+        close(found, right, 1e-11)
+    reference = plain_layer(kind)
+    parts = [run(reference, a, b) for a, b in zip(x.split(5), weights.split(5), strict=True)]
+    close(wanted[0], torch.cat([p[0] for p in parts]), 1e-11)
+    close(wanted[1], torch.cat([p[1] for p in parts]), 1e-11)
