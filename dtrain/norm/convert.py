@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
 from dtrain.errors import UsageError
+from dtrain.norm.frozen import FrozenBatchNorm
 from dtrain.norm.ghost import GhostBatchNorm
 from dtrain.norm.layer import NormLayer, revert, swap
 from dtrain.norm.sync import SyncBatchNorm
@@ -49,7 +50,7 @@ def sharing(norm_batch: NormBatch, *, world_size: int, micro_batch: int | None =
         return Sharing()
     if norm_batch == "global":
         return Sharing(workers=world_size)
-    if not isinstance(norm_batch, int) or norm_batch < 1:
+    if not isinstance(norm_batch, int) or isinstance(norm_batch, bool) or norm_batch < 1:
         raise UsageError(f"norm_batch is {norm_batch!r}: {', '.join(WORDS)}, or a number of samples")
     if micro_batch is None or micro_batch < 1:
         raise UsageError(
@@ -87,7 +88,8 @@ def convert(
     """Let the batch-norm layers of a model share statistics among `norm_batch` samples; in place.
 
     Below a worker's micro-batch: ghost groups within it. Equal: plain layers. Above: synchronised over groups of
-    workers. Parameters and buffers stay the same objects under the same names: state dicts and optimizers go on.
+    workers. Parameters and buffers stay the same objects under the same names: state dicts and optimizers go on. Frozen
+    layers stay frozen; `revert` first, if they are not to.
 
     Args:
         model: any module; one that is itself a batch-norm layer is replaced, so use what is returned.
@@ -99,12 +101,15 @@ def convert(
         The model.
 
     Raises:
-        UsageError: a `norm_batch` that cannot be had exactly, or a lazy or foreign batch-norm class.
+        UsageError: a `norm_batch` that cannot be had exactly; a lazy or foreign batch-norm class, or a layer that keeps
+            statistics for each domain.
     """
     comm = comm or Solo()
     shared = sharing(norm_batch, world_size=comm.world_size, micro_batch=micro_batch)
 
     def make(layer: _BatchNorm, path: str) -> nn.Module:
+        if isinstance(layer, FrozenBatchNorm):
+            return layer
         if shared.ghost is not None:
             return GhostBatchNorm.from_plain(layer, path, norm_batch=shared.ghost)
         if shared.workers > 1 or norm_batch == "global":

@@ -68,6 +68,7 @@ class DomainBatchNorm(NormLayer):
     In a state dict, the domains' come after them, as `domains.<name>.running_mean` and so on.
     """
 
+    holds_more = True
     domains: nn.ModuleDict
     """A `Domain` for each, by name."""
 

@@ -203,8 +203,9 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _compared(model: nn.Module, example: Any, wanted: Sequence[Tensor], **found: Any) -> Folded:
     got = _outputs(model, example)
-    differences = [(a.double() - b.double()).abs().max().item() for a, b in zip(wanted, got, strict=True) if a.numel()]
-    return Folded(model=model, max_difference=max(differences, default=0.0), **found)
+    differences = [(a.double() - b.double()).abs().max() for a, b in zip(wanted, got, strict=True) if a.numel()]
+    largest = torch.stack(differences).max().item() if differences else 0.0  # not a number, if one is not
+    return Folded(model=model, max_difference=largest, **found)
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:

@@ -60,7 +60,8 @@ def freeze(model: nn.Module, *, start: str | None = None, affine: bool = False) 
 
     Args:
         model: any module; one that is itself a batch-norm layer is replaced, so use what is returned.
-        start: path of the first layer to be frozen, in order of registration; None: all are.
+        start: path of the first layer to be frozen, or of the module that it is in, in order of registration; None:
+            all are.
         affine: weight and bias stop learning too, and lose the gradient they have.
 
     Returns:
@@ -70,9 +71,10 @@ def freeze(model: nn.Module, *, start: str | None = None, affine: bool = False) 
         UsageError: no layer at `start`; a layer without running statistics; a lazy or foreign class.
     """
     found = layers(model)
-    if start is not None and start not in found:
-        raise UsageError(f"no batch-norm layer has the path {start!r}; there are: {', '.join(found) or 'none'}")
-    chosen = list(found.values())[list(found).index(start) if start is not None else 0 :]
+    matching = [path for path in found if start is None or path == start or path.startswith(f"{start}.")]
+    if start is not None and not matching:
+        raise UsageError(f"no batch-norm layer has the path {start!r}, or is in it: {', '.join(found) or 'none'}")
+    chosen = list(found.values())[list(found).index(matching[0]) if matching else 0 :]
     frozen = [layer for layer in chosen if isinstance(layer, FrozenBatchNorm)]
 
     def make(layer: _BatchNorm, path: str) -> nn.Module:

@@ -37,14 +37,27 @@ class GhostBatchNorm(NormLayer):
         if not _dense(x):  # torch's kernel with out= is wrong on other strides
             x = x.contiguous()
         values = x[0, 0].numel()
+        if self.norm_batch * values < 2:
+            raise ValueError(f"expected more than 1 value per channel in a group of {self.norm_batch} when training")
+        weight, bias = self._affine(x)
         sizes = group_sizes(len(x), self.norm_batch, values=values)
-        apply: Any = (_Rows if in_rows(x, least=_LEAST) and _same(self.weight, x) else _Groups).apply
-        y, means, variances = apply(x, self.weight, self.bias, sizes, self.eps)
+        apply: Any = (_Rows if in_rows(x, least=_LEAST) and _same(weight, x) else _Groups).apply
+        y, means, variances = apply(x, weight, bias, sizes, self.eps)
         counts = torch.tensor(sizes, dtype=torch.float64, device=x.device) * values
         mean, m2, count = merge(means.double(), variances.double() * counts.unsqueeze(1), counts)
         self.update_running(mean, m2 / count, count)
         out: Tensor = y
         return out
+
+    def _affine(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias, both or none; for a half-precision x in float32, as the kernels' statistics then are."""
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if x.dtype in (torch.float16, torch.bfloat16):
+            weight = x.new_ones(x.shape[1], dtype=torch.float32) if weight is None else weight.float()
+        if weight is None:
+            return None, None
+        return weight, torch.zeros_like(weight, requires_grad=False) if bias is None else bias.to(weight.dtype)
 
 
 def group_sizes(samples: int, norm_batch: int, *, values: int = 2) -> list[int]:
@@ -93,9 +106,9 @@ class _Groups(torch.autograd.Function):
         ]
         dxs, dws, dbs = zip(*found, strict=True)
         dx = torch.cat(dxs) if needed[0] else None
-        if weight is None:
-            return dx, None, None, None, None
-        return dx, torch.stack(dws).sum(0), torch.stack(dbs).sum(0), None, None
+        dw = torch.stack(dws).sum(0) if ctx.needs_input_grad[1] else None
+        db = torch.stack(dbs).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None
 
 
 class _Rows(torch.autograd.Function):
@@ -149,9 +162,9 @@ class _Rows(torch.autograd.Function):
             # x * slope + shift, by the kernel that writes it in one pass, plus dy * scale.
             dx = F.batch_norm(x_rows, torch.zeros_like(one), one, slope, shift, eps=0.0)
             dx = dx.addcmul_(dy_rows, scale.view(1, -1, 1)).view_as(x)
-        if weight is None:
-            return dx, None, None, None, None
-        return dx, dy_x.sum(0).to(weight.dtype), dy_only.sum(0).to(weight.dtype), None, None
+        dw = dy_x.sum(0).to(x.dtype) if ctx.needs_input_grad[1] else None
+        db = dy_only.sum(0).to(x.dtype) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None
 
 
 def _dense(x: Tensor) -> bool:

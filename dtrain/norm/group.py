@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.errors import UsageError
-from dtrain.norm.layer import swap
+from dtrain.norm.layer import NormLayer, swap
 
 WORDS = ("layer", "instance")
 
@@ -48,6 +48,8 @@ def replace_with_group_norm(model: nn.Module, groups: int | str = 32) -> nn.Modu
                 f"{path} is a BatchNorm1d of {count} channels, and groups={groups} would give each a group of its own: "
                 "on (N, C) inputs nothing but the bias is left. Use fewer groups, or 'layer'; 'instance' if it is meant"
             )
+        if isinstance(layer, NormLayer):
+            layer = NormLayer.from_plain(layer, path)  # what was frozen learns again
         new = nn.GroupNorm(count, layer.num_features, eps=layer.eps, affine=False)
         new.affine, new.weight, new.bias = layer.affine, layer.weight, layer.bias
         return new.train(layer.training)

@@ -26,6 +26,8 @@ class NormLayer(_BatchNorm):
     """The class that it was made from."""
     own: ClassVar[tuple[str, ...]] = ()
     """Attributes that a plain layer does not have, given to `from_plain`."""
+    holds_more: ClassVar[bool] = False
+    """Whether it has learnt what another kind would lose."""
 
     @classmethod
     def from_plain(cls: type[Layer], layer: _BatchNorm, where: str, **own: Any) -> Layer:
@@ -39,6 +41,11 @@ class NormLayer(_BatchNorm):
         Raises:
             UsageError: another class, lazy or foreign: what it would mean there is not known.
         """
+        if isinstance(layer, NormLayer) and layer.holds_more:
+            raise UsageError(
+                f"{where} is a {type(layer).__name__}, and what it has learnt would be lost: if it may, call "
+                "dtrain.norm.revert(model) first"
+            )
         plain = layer.to_plain() if isinstance(layer, NormLayer) else layer
         if plain.__class__ not in PLAIN:
             names = ", ".join(c.__name__ for c in PLAIN)
@@ -67,7 +74,7 @@ class NormLayer(_BatchNorm):
             variance: (C,), biased.
             count: values a channel.
         """
-        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
+        if self.running_mean is None or self.running_var is None or not self.track_running_stats or recomputing():
             return
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -76,6 +83,11 @@ class NormLayer(_BatchNorm):
         unbiased = variance * (count / less)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def recomputing() -> bool:
+    """Whether a backward is under way: under gradient checkpointing, which computes forwards again."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def places(model: nn.Module) -> list[tuple[nn.Module | None, str, _BatchNorm, str]]:

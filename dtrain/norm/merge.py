@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +34,16 @@ def merge_statistics(model: nn.Module, comm: Backend, *, samples: float = 1.0) -
 
     Args:
         samples: how many this worker's statistics stand for; against the others' it is its weight. A worker of 0 does
-            not count; where all have 0, workers count alike.
+            not count; where all have 0, workers count alike. Neither does one that no batch has come to yet, layer by
+            layer, and domain by domain.
 
     Raises:
         UsageError: `samples` is negative or no number.
     """
     own = _own(model)
     merged: dict[str, Tensor] = {}
-    pairs = merge_pairs([held for _, _, held in own], comm, samples=samples)
-    for (path, _, held), (mean, variance) in zip(own, pairs, strict=True):
+    pairs = merge_pairs([o.pair for o in own], comm, samples=samples, seen=[o.seen for o in own])
+    for (path, _, held, _), (mean, variance) in zip(own, pairs, strict=True):
         prefix = f"{path}." if path else ""
         merged[f"{prefix}running_mean"] = mean.to(held[0])
         merged[f"{prefix}running_var"] = variance.to(held[1])
@@ -95,8 +96,10 @@ def drift(model: nn.Module, comm: Backend) -> Drift:
     """
     own = _own(model)
     found: dict[str, LayerDrift] = {}
-    rows = _gather_pairs([held for _, _, held in own], comm, 1.0)
-    for (path, eps, _), (means, variances, counts) in zip(own, rows, strict=True):
+    rows = _gather_pairs([o.pair for o in own], comm, 1.0, [o.seen for o in own])
+    for (path, eps, *_), (means, variances, counts) in zip(own, rows, strict=True):
+        seen = counts > 0 if bool(counts.any()) else torch.ones_like(counts, dtype=torch.bool)
+        means, variances, counts = means[seen], variances[seen], torch.ones_like(counts[seen])
         _, m2, total = merge(means, variances, counts)
         spread = (means.amax(0) - means.amin(0)) / (m2 / total + eps).sqrt()
         ratio = (variances.amax(0) + eps) / (variances.amin(0) + eps)
@@ -105,20 +108,23 @@ def drift(model: nn.Module, comm: Backend) -> Drift:
 
 
 @torch.no_grad()
-def merge_pairs(pairs: Sequence[Pair], comm: Backend, *, samples: float = 1.0) -> list[Pair]:
+def merge_pairs(
+    pairs: Sequence[Pair], comm: Backend, *, samples: float = 1.0, seen: Sequence[Tensor] | None = None
+) -> list[Pair]:
     """Statistics of several layers, each merged over workers, float64.
 
     Args:
         samples: as in `merge_statistics`.
+        seen: for each layer, (), 0 where nothing has come to it on this worker; None: all have.
     """
     if not (samples >= 0 and math.isfinite(samples)):
         raise UsageError(f"samples is {samples}: how many samples this worker has seen, 0 or more")
     merged: list[Pair] = []
-    for means, variances, counts in _gather_pairs(pairs, comm, samples):
+    for means, variances, counts in _gather_pairs(pairs, comm, samples, seen):
         counts = counts if bool(counts.any()) else torch.ones_like(counts)
-        seen = counts > 0
-        weights = counts[seen] / counts.max()
-        mean, m2, total = merge(means[seen], variances[seen] * weights.unsqueeze(1), weights)
+        some = counts > 0
+        weights = counts[some] / counts.max()
+        mean, m2, total = merge(means[some], variances[some] * weights.unsqueeze(1), weights)
         merged.append((mean, m2 / total))
     return merged
 
@@ -131,16 +137,22 @@ def gather_rows(row: Tensor, comm: Backend, key: str) -> Tensor:
     return rows
 
 
-def _gather_pairs(pairs: Sequence[Pair], comm: Backend, samples: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _gather_pairs(
+    pairs: Sequence[Pair], comm: Backend, samples: float, seen: Sequence[Tensor] | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each layer: means (workers, C), variances (workers, C), counts (workers,). Nothing is sent for no layer."""
     if not pairs:
         return []
     device = pairs[0][0].device
     flat = torch.cat([t.to(device, torch.float64) for pair in pairs for t in pair])
-    rows = gather_rows(torch.cat([flat, flat.new_tensor([samples, 1.0])]), comm, "norm/merge")
+    weights = flat.new_full((len(pairs),), samples)
+    if seen is not None:
+        weights *= torch.stack([s.to(device, torch.float64) for s in seen]) > 0
+    rows = gather_rows(torch.cat([flat, weights, flat.new_tensor([samples, 1.0])]), comm, "norm/merge")
     rows = rows[rows[:, -1] > 0]  # not those that the job goes on without
-    parts = rows[:, :-2].split([2 * len(mean) for mean, _ in pairs], dim=1)
-    return [(*part.chunk(2, dim=1), rows[:, -2]) for part in parts]
+    *parts, counts, whole, _ = rows.split([*(2 * len(mean) for mean, _ in pairs), len(pairs), 1, 1], dim=1)
+    counts = torch.where(counts.any(0), counts, whole)  # where nothing has come to any of them, as if it had
+    return [(*part.chunk(2, dim=1), counts[:, i]) for i, part in enumerate(parts)]
 
 
 @torch.no_grad()
@@ -163,11 +175,25 @@ def pair(place: _BatchNorm | Domain) -> Pair:
     return cast("Pair", (place.running_mean, place.running_var))
 
 
-def _own(model: nn.Module) -> list[tuple[str, float, Pair]]:
-    """(path, eps, statistics) wherever statistics are a worker's own."""
+class _Own(NamedTuple):
+    """Statistics that are a worker's own."""
+
+    path: str
+    eps: float
+    pair: Pair
+    seen: Tensor
+    """How many batches, (); 1 where that is not counted."""
+
+
+def _own(model: nn.Module) -> list[_Own]:
     return [
-        (place, layer.eps, pair(holder))
+        _Own(place, layer.eps, pair(holder), _seen(holder))
         for path, layer in model.named_modules()
         if isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
         for place, holder in kept(layer, path).items()
     ]
+
+
+def _seen(place: _BatchNorm | Domain) -> Tensor:
+    tracked = place.num_batches_tracked
+    return torch.ones(()) if tracked is None else tracked

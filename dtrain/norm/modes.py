@@ -17,9 +17,10 @@ USES = ("batch", "running")
 def no_update(model: nn.Module, *, use: str = "batch") -> Iterator[None]:
     """Within, no forward changes a running statistic or its count: for a GAN's fake batch, say.
 
-    Every batch-norm layer normalises as `use` says, whatever mode the model is in; other modules, dropout for one,
-    keep their mode. Contexts nest, the inner one counts. A synchronised layer sends its statistics with "batch", as in
-    training: all workers must come.
+    Batch-norm layers normalise as `use` says, whatever mode the model is in; other modules, dropout for one,
+    keep their mode. Frozen and virtual layers normalise as they always do. Contexts nest, the inner one counts. A
+    synchronised layer sends its statistics with "batch", as in training: all workers must come. Gradient checkpointing
+    computes forwards again when this is long left: put it inside the checkpointed function.
 
     Args:
         use: "batch": normalise by the batch, as in training; "running": by the running statistics, as in evaluation.

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.errors import UsageError
-from dtrain.norm.layer import NormLayer, swap
+from dtrain.norm.layer import NormLayer, recomputing, swap
 
 
 class BatchRenorm(NormLayer):
@@ -43,14 +44,22 @@ class BatchRenorm(NormLayer):
         if not self.training or x.numel() <= x.shape[1]:  # no variance: torch refuses, or lets nothing through
             return super().forward(x)
         mean, variance = _statistics(x)
+        if recomputing() and int(self.num_batches_tracked or 0) > self.warmup:
+            raise UsageError(
+                "batch renormalisation is computed again in backward (gradient checkpointing), and its averages have "
+                "moved on since: leave its layers out of the checkpointed part"
+            )
         r, d = self.correction(mean, variance)
         weight = r if self.weight is None else r * self.weight
-        bias = d if self.weight is None else d * self.weight + self.bias
+        bias = d if self.weight is None else d * self.weight
+        if self.bias is not None:
+            bias = bias + self.bias
         apply: Any = _Normalise.apply
         y: Tensor = apply(x, weight, bias, mean, variance, self.eps)
         self.update_running(mean, variance, x.numel() // x.shape[1])
         return y
 
+    @_disable_dynamo  # which would compute r and d again in backward, from averages that have moved on
     @torch.no_grad()
     def correction(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """r and d, (C,), for a batch of that mean and biased variance."""

@@ -102,6 +102,7 @@ class _Normalise(torch.autograd.Function):
     ) -> Tensor:
         kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
         ctx.comm, ctx.key, ctx.group_size = comm, key, group_size
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, mean.to(kind), (variance + eps).rsqrt().to(kind), count)
         # Statistics stay wide for a half-precision x, and torch wants weight and bias of the same type as they are.
         weight, bias = (None if t is None else t.to(kind) for t in (weight, bias))
@@ -129,8 +130,8 @@ class _Normalise(torch.autograd.Function):
             dx = F.batch_norm(x, torch.zeros_like(mean), one, slope.to(kind), shift.to(kind), False, 0.0, 0.0)
             dx = dx.addcmul_(wide, scale.to(kind).view([1, -1] + [1] * (x.dim() - 2))).to(dy.dtype)
         # Parameters' gradients stay local: they are summed over workers with all the others.
-        dw = None if weight is None else own_dy_x.to(weight.dtype)
-        db = None if weight is None else own_dy.to(weight.dtype)
+        dw = own_dy_x.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        db = own_dy.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, *[None] * 7
 
 

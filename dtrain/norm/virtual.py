@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.errors import UsageError
-from dtrain.norm.layer import NormLayer, swap
+from dtrain.norm.layer import NormLayer, recomputing, swap
 
 
 class Reference:
@@ -52,13 +52,13 @@ class Reference:
                 f"{tuple(self.samples.shape)}: only the number of samples may differ"
             )
         self.samples = self.samples.to(x.device)
-        _active.set((*_active.get(), self))
+        _active.set((*_active.get(), (self, len(self.samples) + len(x))))
         return (torch.cat([self.samples.to(x.dtype), x]),), {}
 
     def take_off(self, model: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """The output for the N; `out` is None where the forward raised."""
         active = _active.get()
-        if not active or active[-1] is not self:
+        if not active or active[-1][0] is not self:
             return None
         _active.set(active[:-1])
         if out is None:
@@ -72,8 +72,8 @@ class Reference:
         return out[len(self.samples) :]
 
 
-_active: ContextVar[tuple[Reference, ...]] = ContextVar("dtrain.norm.virtual", default=())
-"""Reference batches in the forwards that this thread is in, the innermost last."""
+_active: ContextVar[tuple[tuple[Reference, int], ...]] = ContextVar("dtrain.norm.virtual", default=())
+"""Reference batches, and samples with those of the batch, of the forwards that this thread is in, innermost last."""
 
 
 class VirtualBatchNorm(NormLayer):
@@ -90,9 +90,8 @@ class VirtualBatchNorm(NormLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(R + N, C, ...) to the same shape."""
         self._check_input_dim(x)
-        # A checkpointed part is computed again in backward, when the model's forward is long over.
-        if self.reference not in _active.get()[-1:] and torch._C._current_graph_task_id() == -1:
-            raise UsageError("a layer of virtual batch norm is called without its model, which has the reference batch")
+        if not recomputing():  # which is in backward, when the model's forward is long over
+            self._check_model(len(x))
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         # Each sample and channel as a channel of its own, so that torch's kernels for batch norm can be used.
         rows = wide.reshape(1, x.shape[0] * x.shape[1], -1)
@@ -108,6 +107,16 @@ class VirtualBatchNorm(NormLayer):
         constant = mean.detach().reshape(-1)
         y = F.batch_norm(rows, constant, torch.ones_like(constant), scale.reshape(-1), shift.reshape(-1), eps=0.0)
         return y.view(x.shape).to(x.dtype)
+
+    def _check_model(self, samples: int) -> None:
+        active = _active.get()
+        if not active or active[-1][0] is not self.reference:
+            raise UsageError("a layer of virtual batch norm is called without its model, which has the reference batch")
+        if samples != active[-1][1]:
+            raise UsageError(
+                f"a layer of virtual batch norm is given {samples} rows, where the model has {active[-1][1]} samples, "
+                "reference batch included: which rows are the reference's is not known. Keep samples in dimension 0"
+            )
 
     def _statistics(self, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance to normalise each sample by, from those of each by itself; all (R + N, C)."""

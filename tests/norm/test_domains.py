@@ -73,6 +73,10 @@ def test_conversion_there_and_back(affine: str) -> None:
     originals = [*layers(model).values()]
     model.shared.eval()
     assert per_domain(model, ["one", "two"], affine=affine) is model
+    with pytest.raises(UsageError, match="what it has learnt would be lost"):
+        norm.convert(model)
+    norm.revert(model)
+    model.shared.eval()
     assert per_domain(model, NAMES, affine=affine) is model
     assert isinstance(model.shared, DomainBatchNorm)
     assert model.shared is model.again

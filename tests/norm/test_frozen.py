@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dtrain.errors import UsageError
 from dtrain.norm.convert import convert, revert
 from dtrain.norm.frozen import FrozenBatchNorm, freeze
-from dtrain.norm.ghost import GhostBatchNorm
 from dtrain.norm.layer import PLAIN, NormLayer
+from dtrain.norm.renorm import BatchRenorm, renorm
 from tests.norm.test_sync import SHAPES, Net, close, data, identities, plain_layer, run
 
 OPTIONS: dict[str, dict[str, Any]] = {"affine": {}, "not affine": {"affine": False}, "cumulative": {"momentum": None}}
@@ -101,12 +101,18 @@ def test_from_a_layer_on(start: str | None, frozen: str) -> None:
     assert "".join(str(int(isinstance(layer, FrozenBatchNorm))) for layer in norms(model)) == frozen
 
 
+def test_a_start_within_a_module() -> None:
+    """The first layer in the module, and all after it."""
+    model = freeze(four(), start="1")
+    assert [isinstance(layer, FrozenBatchNorm) for layer in norms(model)] == [False, True, True, True]
+
+
 def test_unknown_start() -> None:
     model = four()
-    with pytest.raises(UsageError, match=r"'1.0'; there are: 0.1, 1.1, 2.1, 3$"):
+    with pytest.raises(UsageError, match=r"'1.0', or is in it: 0.1, 1.1, 2.1, 3$"):
         freeze(model, start="1.0")
     assert not any(isinstance(m, FrozenBatchNorm) for m in model.modules())
-    with pytest.raises(UsageError, match="there are: none"):
+    with pytest.raises(UsageError, match="or is in it: none"):
         freeze(nn.Linear(2, 2), start="a")
 
 
@@ -153,9 +159,11 @@ def test_affine_of_layers_without() -> None:
 
 
 def test_becomes_another_kind() -> None:
-    """Converted, it is thawed: it updates and learns again."""
+    """`convert` leaves it frozen; as another kind it is thawed: it updates and learns again."""
     model = convert(freeze(four(), affine=True), norm_batch=2, micro_batch=4)
-    assert all(type(layer) is GhostBatchNorm for layer in norms(model))
+    assert all(type(layer) is FrozenBatchNorm for layer in norms(model))
+    model = renorm(model)
+    assert all(type(layer) is BatchRenorm for layer in norms(model))
     assert learns(model[3]) == [True, True]
     model(torch.randn(4, 2))
     assert model[3].num_batches_tracked == 1

@@ -174,3 +174,31 @@ def test_any_layout_in_memory(layout: Any) -> None:
     parts = [run(reference, a, b) for a, b in zip(x.split(5), weights.split(5), strict=True)]
     close(wanted[0], torch.cat([p[0] for p in parts]), 1e-11)
     close(wanted[1], torch.cat([p[1] for p in parts]), 1e-11)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision(dtype: torch.dtype, affine: bool) -> None:
+    """Parameters of the same type as the input, or none."""
+    layer = ghost(nn.BatchNorm2d(4, affine=affine), 4).to(dtype)
+    x = data((8, 4, 5, 5)).to(dtype).requires_grad_()
+    y = layer(x)
+    parts = [F.batch_norm(p, None, None, training=True) for p in x.detach().double().split(4)]
+    close(y.detach().double(), torch.cat(parts), 0.05)
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in layer.parameters())
+
+
+def test_weight_without_bias() -> None:
+    layer, reference = ghost(plain_layer(nn.BatchNorm2d, bias=False), 4), plain_layer(nn.BatchNorm2d, bias=False)
+    for shape in ((8, 4, 2, 2), (8, 4, 9, 9)):
+        x, weights = data(shape), data(shape, 1)
+        parts = [run(reference, a, b) for a, b in zip(x.split(4), weights.split(4), strict=True)]
+        for found, wanted in zip(run(layer, x, weights), zip(*parts, strict=True), strict=True):
+            close(found, torch.cat(wanted), 1e-11)
+
+
+def test_groups_of_one_value_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel in a group of 1"):
+        ghost(nn.BatchNorm1d(4).double(), 1)(data((8, 4)))
+    ghost(nn.BatchNorm2d(4).double(), 1)(data((8, 4, 2, 2)))

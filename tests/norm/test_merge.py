@@ -153,3 +153,22 @@ def test_drift_as_a_table() -> None:
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split("  ")[0].strip() == "layer"
     assert lines[2].split() == ["0", "1.359", "1.000"]  # 2 / sqrt(1 + 2 / 3 + 0.5)
+
+
+def test_a_domain_that_a_worker_never_saw_does_not_count_there() -> None:
+    """Its statistics are initial ones there; where nobody saw it, all count. Drift does not see them either."""
+    x = data((50, 4))
+
+    def body(comm: Backend) -> tuple[Tensor, Tensor, float]:
+        model = norm.per_domain(nn.Sequential(nn.BatchNorm1d(4, momentum=None)).double(), ["a", "b", "c"])
+        with norm.domain("a" if comm.rank == 0 else "b"):
+            model(x + comm.rank)
+        with merged_statistics(model, comm):
+            buffers = dict(model.named_buffers())
+            means = [buffers[f"0.domains.{name}.running_mean"].clone() for name in ("a", "c")]
+        return means[0], means[1], drift(model, comm).layers["0.domains.a"].means
+
+    for a, c, apart in on_threads(body):
+        close(a, x.mean(0))
+        close(c, torch.zeros(4, dtype=torch.float64))
+        assert apart == 0

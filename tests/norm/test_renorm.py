@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dtrain import norm
 from dtrain.errors import UsageError
@@ -237,3 +238,38 @@ def test_a_layer_without_averages_is_refused() -> None:
     with pytest.raises(UsageError, match="1 keeps no running averages"):
         renorm(model)
     assert type(model[0]) is nn.BatchNorm1d
+
+
+def corrected() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    return renorm(model, warmup=0, r_steps=0, d_steps=0)  # type: ignore[return-value]
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns of what it does itself
+def test_compiled_gradients() -> None:
+    """r and d are those of the forward, though the averages have moved on when backward runs."""
+    torch._dynamo.reset()
+    found = []
+    for backend in (None, "aot_eager"):
+        model = corrected()
+        x = data((16, 3))
+        (model if backend is None else torch.compile(model, backend=backend))(x).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert a is not None
+        assert b is not None
+        close(a, b, 1e-10)
+
+
+def test_gradient_checkpointing_is_refused_once_there_is_a_correction() -> None:
+    model = corrected()
+    with pytest.raises(UsageError, match="gradient checkpointing"):
+        checkpoint(model, data((16, 3)).requires_grad_(), use_reentrant=False).square().sum().backward()
+
+
+def test_weight_without_bias() -> None:
+    layer = renorm(plain_layer(nn.BatchNorm1d, bias=False))
+    reference = plain_layer(nn.BatchNorm1d, bias=False)
+    for found, wanted in zip(*(run(m, data((6, 4)), data((6, 4), 1)) for m in (layer, reference)), strict=True):
+        close(found, wanted, 1e-12)

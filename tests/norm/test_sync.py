@@ -290,10 +290,14 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def compare_with_whole(make: Callable[[], nn.Module], forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def compare_with_whole(
+    make: Callable[[], nn.Module],
+    forward: Callable[[nn.Module, Tensor], Tensor],
+    alone: Callable[[nn.Module, Tensor], Tensor] | None = None,
+) -> None:
     """Gradients and buffers of workers' shares against those of the whole batch; the loss is the sum of squares."""
     whole, x = make(), data((9, 4))
-    forward(whole, x).square().sum().backward()
+    (alone or forward)(whole, x).square().sum().backward()
 
     def body(comm: Backend) -> tuple[list[Tensor], dict[str, Tensor]]:
         model = norm.convert(make(), comm=comm)
@@ -314,13 +318,28 @@ def test_a_layer_used_twice_in_a_forward() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_under_gradient_checkpointing(reentrant: bool) -> None:
-    """Statistics computed again in backward are those of forward; running ones are updated twice, as in torch."""
+    """Statistics computed again in backward are those of forward; running ones are updated once, other than torch's."""
 
     def forward(model: nn.Module, x: Tensor) -> Tensor:
         y: Tensor = checkpoint(model.inner, x.requires_grad_(), use_reentrant=reentrant)
         return model.shared(y)  # type: ignore[no-any-return, operator]
 
-    compare_with_whole(Net, forward)
+    compare_with_whole(Net, forward, lambda model, x: model.shared(model.inner(x)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("shares", SHARES.values(), ids=list(SHARES))
+def test_weight_without_bias(shares: tuple[int, ...]) -> None:
+    x, weights = data((11, 4)), data((11, 4), 9)
+    reference = plain_layer(nn.BatchNorm1d, bias=False)
+    y, dx = run(reference, x, weights)
+    found = on_threads(
+        lambda comm: run(
+            norm.convert(plain_layer(nn.BatchNorm1d, bias=False), comm=comm),
+            *(t.split(list(shares))[comm.rank] for t in (x, weights)),
+        )
+    )
+    close(torch.cat([f[0] for f in found]), y)
+    close(torch.cat([f[1] for f in found]), dx)
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns of what it does itself

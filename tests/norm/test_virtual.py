@@ -311,3 +311,19 @@ def test_threads() -> None:
     for thread in threads:
         thread.join(10)
     assert {count: len(y) for count, y in found.items()} == {1: 1, 3: 3}
+
+
+def test_rows_that_are_no_samples_are_refused() -> None:
+    """Which of them are the reference's is not known."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.reshape(-1, 3)).reshape(x.shape)  # type: ignore[no-any-return]
+
+    model = virtual(Folded(), torch.randn(6, 5, 3))
+    with pytest.raises(UsageError, match="is given 40 rows, where the model has 8 samples"):
+        model(torch.randn(2, 5, 3))
