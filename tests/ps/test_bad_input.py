@@ -192,18 +192,24 @@ def test_another_kind_of_socket(served: Served, kind: int):
 
 
 @pytest.mark.parametrize("name", [b"\x01", b"w" * 255, b"a worker"], ids=["short", "255 bytes", "a name"])
-def test_two_strangers_of_one_name(served: Served, name: bytes):
-    """The name is what a stranger likes; a worker's is random, and told to nobody but the server."""
-    with served.unharmed(), contextlib.ExitStack() as stack:
-        strangers = [stack.enter_context(dealer(None)) for _ in range(2)]
-        for stranger in strangers:
-            stranger.routing_id = name
-            stranger.connect(served.address)
-            stranger.send(b"hello")
+def test_two_strangers_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes):
+    """The name is what a stranger likes; a worker's is random, and told to nobody but the server.
+
+    The server is one of its own, and ends before the strangers leave: the connection that lost its name, when it is
+    closed at last, can make libzmq abort (see "Not shown" in tests/faults/README.md).
+    """
+    monkeypatch.setenv("DTRAIN_JOB_ID", JOB)
+    with contextlib.ExitStack() as strangers, contextlib.ExitStack() as stack:
+        served = Served(stack, tmp_path)
         poller = zmq.Poller()
-        for stranger in strangers:
-            poller.register(stranger, zmq.POLLIN)
-        assert poller.poll(5000)  # one of them has the name in the end
+        with served.unharmed():
+            for _ in range(2):
+                stranger = strangers.enter_context(dealer(None))
+                stranger.routing_id = name
+                stranger.connect(served.address)
+                stranger.send(b"hello")
+                poller.register(stranger, zmq.POLLIN)
+            assert poller.poll(5000)  # one of them has the name in the end
 
 
 def test_a_peer_that_never_reads(served: Served):
