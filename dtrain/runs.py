@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from dtrain import checkpoint, env, norm, recipes
+from dtrain import checkpoint, env, recipes
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.config import TrainConfig
@@ -170,7 +170,7 @@ class RunSpec(Task):
             steps=self.steps,
             clip_grad_norm=self.clip_grad_norm,
             amp=self.amp,
-            norm_batch=norm_batch_of(self.norm_batch),
+            norm_batch=int(self.norm_batch) if self.norm_batch.isdigit() else self.norm_batch,
             update=update or self.update,  # type: ignore[arg-type]
             staleness=_staleness(self.staleness),
             backup_workers=self.backup_workers,
@@ -405,19 +405,6 @@ def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, f
     elif spec.tensorboard:
         raise UsageError("--tensorboard needs --run-dir, where its files go")
     return hooks
-
-
-def norm_batch_of(text: str) -> int | str:
-    """Of a command line: a number, or one of the words.
-
-    Raises:
-        UsageError: neither.
-    """
-    if text in norm.WORDS:
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"norm_batch is {text!r}: {', '.join(norm.WORDS)}, or a number of samples")
-    return int(text)
 
 
 def _staleness(text: str) -> int | None:

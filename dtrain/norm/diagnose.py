@@ -26,10 +26,10 @@ from dtrain.errors import UsageError
 from dtrain.norm.domains import DomainBatchNorm
 from dtrain.norm.frozen import FrozenBatchNorm
 from dtrain.norm.ghost import GhostBatchNorm, group_sizes
-from dtrain.norm.layer import layers
+from dtrain.norm.layer import Forward, layers, on_first
 from dtrain.norm.merge import merged_statistics
 from dtrain.norm.moments import merge, moments
-from dtrain.norm.sync import SyncBatchNorm
+from dtrain.norm.sync import SyncBatchNorm, check_comm
 from dtrain.norm.virtual import VirtualBatchNorm
 from dtrain.tables import table
 
@@ -51,8 +51,6 @@ DEAD = 0.01
 """A channel whose variance is below this part of `eps` comes out with a tenth of a standard deviation at most."""
 INITIAL = 0.05
 """Part of a running average that may still be the initial value."""
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -190,11 +188,9 @@ def diagnose(
     found = layers(model)
     if not found:
         raise UsageError("diagnose: the model has no batch-norm layer")
-    for path, layer in found.items():
-        if isinstance(layer, SyncBatchNorm) and comm is None and layer.comm is not None and layer.comm.world_size > 1:
-            raise UsageError(f"{path} is synchronised over {layer.comm.world_size} workers: give their backend as comm")
+    check_comm(found, comm)
     comm = comm or Solo()
-    run = forward or _call
+    run = forward or on_first
     merged = merged_statistics(model, comm) if comm.world_size > 1 else contextlib.nullcontext()
     rows: dict[str, list[Tensor]] = {path: [] for path in found}
     device = next(itertools.chain(model.parameters(), model.buffers(), [torch.empty(0)])).device
@@ -225,10 +221,6 @@ def diagnose(
 
 
 # --- running
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _flat(outputs: Any) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtrain.norm.gradients import composed, gradient_sums, linear
 from dtrain.norm.layer import NormLayer
-from dtrain.norm.moments import in_rows, merge, row_moments
+from dtrain.norm.moments import in_rows, merge, row_moments, wide
 
 _LEAST = 64
 """Values in a row, one sample's in one channel, from which rows are quicker than groups."""
@@ -53,7 +54,7 @@ class GhostBatchNorm(NormLayer):
         """Weight and bias, both or none; for a half-precision x in float32, as the kernels' statistics then are."""
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
-        if x.dtype in (torch.float16, torch.bfloat16):
+        if x.dtype != wide(x.dtype):
             weight = x.new_ones(x.shape[1], dtype=torch.float32) if weight is None else weight.float()
         if weight is None:
             return None, None
@@ -74,7 +75,7 @@ def group_sizes(samples: int, norm_batch: int, *, values: int = 2) -> list[int]:
 
 
 class _Groups(torch.autograd.Function):
-    """Torch's own kernel on each group, which reads and writes where the batch lies: nothing is copied together."""
+    """Torch's own kernel on each group, where it lies in the batch."""
 
     @staticmethod
     def forward(
@@ -96,7 +97,7 @@ class _Groups(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, means, inverses = ctx.saved_tensors
         if torch.is_grad_enabled():  # a double backward: by torch's own formulas
-            return (*_composed(x, weight, bias, dy, ctx.sizes, ctx.eps, ctx.needs_input_grad[:3]), None, None)
+            return (*composed(x, weight, bias, dy, ctx.sizes, ctx.eps, ctx.needs_input_grad[:3]), None, None)
         needed = [ctx.needs_input_grad[0], weight is not None, weight is not None]
         backward = torch.ops.aten.native_batch_norm_backward
         rows = zip(dy.split(ctx.sizes), x.split(ctx.sizes), means, inverses, strict=True)
@@ -143,15 +144,12 @@ class _Rows(torch.autograd.Function):
         x, weight, bias, means, variances, counts = ctx.saved_tensors
         sizes, kind = ctx.sizes, x.dtype
         if torch.is_grad_enabled():  # a double backward: by torch's own formulas
-            return (*_composed(x, weight, bias, dy, sizes, ctx.eps, ctx.needs_input_grad[:3]), None, None)
+            return (*composed(x, weight, bias, dy, sizes, ctx.eps, ctx.needs_input_grad[:3]), None, None)
         samples, channels = x.shape[:2]
         inverses = (variances + ctx.eps).rsqrt()
         mean, inverse = (_spread(t, sizes, kind).view(-1) for t in (means, inverses))
-        one = torch.ones_like(mean)
         x_rows, dy_rows = (t.reshape(1, samples * channels, -1) for t in (x, dy))
-        # Over each row: the sum of dy times the normalised input, and of dy.
-        sums_of = torch.ops.aten.native_batch_norm_backward
-        _, *sums = sums_of(dy_rows, x_rows, one, None, None, mean, inverse, True, 0.0, [False, True, True])
+        sums = gradient_sums(dy_rows, x_rows, mean, inverse)
         dy_x, dy_only = (_gather(t.view(samples, channels), sizes) for t in sums)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -159,9 +157,7 @@ class _Rows(torch.autograd.Function):
             slope = -scale * inverses * dy_x / counts
             shift = -scale * dy_only / counts - slope * means
             slope, shift, scale = (_spread(t, sizes, kind).view(-1) for t in (slope, shift, scale))
-            # x * slope + shift, by the kernel that writes it in one pass, plus dy * scale.
-            dx = F.batch_norm(x_rows, torch.zeros_like(one), one, slope, shift, eps=0.0)
-            dx = dx.addcmul_(dy_rows, scale.view(1, -1, 1)).view_as(x)
+            dx = linear(x_rows, slope, shift, dy_rows, scale).view_as(x)
         dw = dy_x.sum(0).to(x.dtype) if ctx.needs_input_grad[1] else None
         db = dy_only.sum(0).to(x.dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None
@@ -193,24 +189,5 @@ def _spread(groups: Tensor, sizes: list[int], kind: torch.dtype) -> Tensor:
 
 
 def _stats(part: Tensor) -> tuple[Tensor, Tensor]:
-    kind = torch.float32 if part.dtype in (torch.float16, torch.bfloat16) else part.dtype
+    kind = wide(part.dtype)
     return part.new_empty(part.shape[1], dtype=kind), part.new_empty(part.shape[1], dtype=kind)
-
-
-def _composed(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dy: Tensor,
-    sizes: list[int],
-    eps: float,
-    needed: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """The gradients as a graph of their own."""
-    with torch.enable_grad():
-        y = torch.cat([F.batch_norm(p, None, None, weight, bias, True, 0.0, eps) for p in x.split(sizes)])
-        inputs = [t for t, wanted in zip((x, weight, bias), needed, strict=True) if wanted and t is not None]
-        found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    return [
-        next(found) if wanted and t is not None else None for t, wanted in zip((x, weight, bias), needed, strict=True)
-    ]

@@ -16,6 +16,9 @@ from dtrain.errors import UsageError
 
 PLAIN: tuple[type[_BatchNorm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+Forward = Callable[[nn.Module, Any], Any]
+"""(model, batch): one forward."""
+
 Layer = TypeVar("Layer", bound="NormLayer")
 
 
@@ -83,6 +86,11 @@ class NormLayer(_BatchNorm):
         unbiased = variance * (count / less)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def on_first(model: nn.Module, batch: Any) -> Any:
+    """The usual forward: the model of a batch, or of its first item if it is a tuple or list."""
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def recomputing() -> bool:

@@ -26,17 +26,14 @@ from dtrain.comm.solo import Solo
 from dtrain.errors import UsageError
 from dtrain.norm.domains import Domain, DomainBatchNorm
 from dtrain.norm.frozen import FrozenBatchNorm
-from dtrain.norm.layer import layers
+from dtrain.norm.layer import Forward, layers, on_first
 from dtrain.norm.merge import Pair, gather_rows, kept, merge_pairs, pair
-from dtrain.norm.moments import merge, moments
-from dtrain.norm.sync import SyncBatchNorm
+from dtrain.norm.moments import merge, moments, wide
+from dtrain.norm.sync import check_comm
 from dtrain.norm.virtual import VirtualBatchNorm
 from dtrain.tables import table
 
 ESTIMATORS = ("average", "ema", "layerwise")
-
-Forward = Callable[[nn.Module, Any], Any]
-"""(model, batch): one forward."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def precise(
     if estimator == "layerwise" and isinstance(batches, Iterator):
         raise UsageError("'layerwise' reads the batches once for each layer: give a list or a loader, not an iterator")
     chosen = {path: p for path, p in _tracking(model, comm).items() if not isinstance(p.layer, FrozenBatchNorm)}
-    run = _Run(model, batches, forward or _forward, comm or Solo(), decay if estimator == "ema" else 1.0)
+    run = _Run(model, batches, forward or on_first, comm or Solo(), decay if estimator == "ema" else 1.0)
     with _as_before(model, chosen) as before:
         values = _layer_by_layer(run, chosen) if estimator == "layerwise" else _at_once(run, chosen)
     return _changes(chosen, before, values)
@@ -141,7 +138,7 @@ def adapt(
     if not (source_samples >= 0 and math.isfinite(source_samples)):
         raise UsageError(f"source_samples is {source_samples}: what the old statistics count for, 0 or more")
     chosen = _tracking(model, comm)
-    run = _Run(model, batches, forward or _forward, comm or Solo(), 1.0, source_samples)
+    run = _Run(model, batches, forward or on_first, comm or Solo(), 1.0, source_samples)
     with _as_before(model, chosen) as before:
         values = _at_once(run, chosen)
     return _changes(chosen, before, values)
@@ -165,7 +162,7 @@ class _Place:
 
     def normalised(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """What the layer gives with these statistics, of x (N, C, ...)."""
-        kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        kind = wide(x.dtype)
         affine = self.layer if self.holder.weight is None else self.holder
         weight, bias = (None if t is None else t.to(kind) for t in (affine.weight, affine.bias))
         return F.batch_norm(x, mean.to(kind), variance.to(kind), weight, bias, False, 0.0, self.layer.eps)
@@ -339,11 +336,10 @@ def _as_before(model: nn.Module, chosen: dict[str, _Place]) -> Iterator[dict[str
 def _tracking(model: nn.Module, comm: Backend | None) -> dict[str, _Place]:
     """Where statistics are kept that are used, by path."""
     found: dict[str, _Place] = {}
+    check_comm(layers(model), comm)
     for path, layer in layers(model).items():
         if layer.running_mean is not None and is_lazy(layer.running_mean):
             raise UsageError(f"{path} is lazy and has no channels yet: run one forward first")
-        if isinstance(layer, SyncBatchNorm) and comm is None and layer.comm is not None and layer.comm.world_size > 1:
-            raise UsageError(f"{path} is synchronised over {layer.comm.world_size} workers: give their backend as comm")
         if not isinstance(layer, VirtualBatchNorm):
             found |= {name: _Place(layer, holder) for name, holder in kept(layer, path).items()}
     return found
@@ -364,7 +360,3 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     """Within, no compiled graph runs or is made: an old one has no hooks of ours, and a new one would keep them."""
     loaded = "torch._dynamo" in sys.modules  # by torch.compile; it takes seconds
     return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

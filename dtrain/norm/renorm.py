@@ -15,7 +15,9 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.errors import UsageError
+from dtrain.norm.gradients import composed
 from dtrain.norm.layer import NormLayer, recomputing, swap
+from dtrain.norm.moments import mean_variance
 
 
 class BatchRenorm(NormLayer):
@@ -43,7 +45,7 @@ class BatchRenorm(NormLayer):
         self._check_input_dim(x)
         if not self.training or x.numel() <= x.shape[1]:  # no variance: torch refuses, or lets nothing through
             return super().forward(x)
-        mean, variance = _statistics(x)
+        mean, variance = mean_variance(x.detach())
         if recomputing() and int(self.num_batches_tracked or 0) > self.warmup:
             raise UsageError(
                 "batch renormalisation is computed again in backward (gradient checkpointing), and its averages have "
@@ -79,15 +81,6 @@ class BatchRenorm(NormLayer):
         return 1 + (self.r_max - 1) * r_share, self.d_max * d_share
 
 
-@torch.no_grad()
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,). Half precision is summed, and stays, in float32."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    # A third of the time of var_mean on a CPU, and as exact.
-    mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
-    return mean, variance
-
-
 class _Normalise(torch.autograd.Function):
     """Batch norm with statistics that are there already: r and d must be known before. One pass, as torch's own."""
 
@@ -104,10 +97,7 @@ class _Normalise(torch.autograd.Function):
         x, weight, bias, mean, inverse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a double backward: by torch's own formulas
-            y = F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
-            inputs = [t for t, wanted in zip((x, weight, bias), needed, strict=True) if wanted]
-            found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-            return (*(next(found) if wanted else None for wanted in needed), None, None, None)
+            return (*composed(x, weight, bias, dy, [len(x)], ctx.eps, needed), None, None, None)
         backward = torch.ops.aten.native_batch_norm_backward
         return (*backward(dy, x, weight, None, None, mean, inverse, True, ctx.eps, list(needed)), None, None, None)
 

@@ -7,6 +7,7 @@ Batch norm as of Ioffe & Szegedy 2015 (algorithm 1), on the batch that all worke
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dtrain.comm.base import Backend
-from dtrain.errors import LayoutError
+from dtrain.errors import LayoutError, UsageError
+from dtrain.norm.gradients import gradient_sums, linear
 from dtrain.norm.layer import NormLayer
-from dtrain.norm.moments import merge, moments
+from dtrain.norm.moments import merge, moments, wide
 
 
 class SyncBatchNorm(NormLayer):
@@ -100,7 +103,7 @@ class _Normalise(torch.autograd.Function):
         key: str,
         group_size: int,
     ) -> Tensor:
-        kind = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        kind = wide(x.dtype)
         ctx.comm, ctx.key, ctx.group_size = comm, key, group_size
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, mean.to(kind), (variance + eps).rsqrt().to(kind), count)
@@ -113,8 +116,8 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse, count = ctx.saved_tensors
         kind = mean.dtype
-        x, wide, one = x.to(kind), dy.to(kind), torch.ones_like(mean)
-        own_dy_x, own_dy = _sums(wide, x, mean, inverse)
+        x, dy_wide = x.to(kind), dy.to(kind)
+        own_dy_x, own_dy = gradient_sums(dy_wide, x, mean, inverse)
         dx = None
         if ctx.needs_input_grad[0]:
             own = torch.cat([own_dy, own_dy_x])
@@ -126,20 +129,23 @@ class _Normalise(torch.autograd.Function):
             scale = inverse.double() if weight is None else inverse.double() * weight
             slope = -scale * inverse * mean_dy_x
             shift = -scale * mean_dy - slope * mean
-            # x * slope + shift, by the kernel that writes it in one pass, plus dy * scale.
-            dx = F.batch_norm(x, torch.zeros_like(mean), one, slope.to(kind), shift.to(kind), False, 0.0, 0.0)
-            dx = dx.addcmul_(wide, scale.to(kind).view([1, -1] + [1] * (x.dim() - 2))).to(dy.dtype)
+            dx = linear(x, slope.to(kind), shift.to(kind), dy_wide, scale.to(kind)).to(dy.dtype)
         # Parameters' gradients stay local: they are summed over workers with all the others.
         dw = own_dy_x.to(weight.dtype) if ctx.needs_input_grad[1] else None
         db = own_dy.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, db, *[None] * 7
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Over this worker's samples: the sum of dy times the normalised input, and of dy; one pass over both."""
-    if x.numel() == 0:  # torch's kernel divides by the number of samples, and the process dies
-        return torch.zeros_like(mean), torch.zeros_like(mean)
-    kernel = torch.ops.aten.native_batch_norm_backward
-    needed = [False, True, True]
-    _, dy_x, only_dy = kernel(dy, x, torch.ones_like(mean), None, None, mean, inverse, True, 0.0, needed)
-    return dy_x, only_dy
+def check_comm(found: Mapping[str, _BatchNorm], comm: Backend | None) -> None:
+    """Refuse to look at layers of several workers on one of them.
+
+    Args:
+        found: layers by path.
+        comm: the backend that was given.
+
+    Raises:
+        UsageError: none was, and a layer is synchronised.
+    """
+    for path, layer in found.items():
+        if isinstance(layer, SyncBatchNorm) and comm is None and layer.comm is not None and layer.comm.world_size > 1:
+            raise UsageError(f"{path} is synchronised over {layer.comm.world_size} workers: give their backend as comm")

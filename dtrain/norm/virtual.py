@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtrain.errors import UsageError
 from dtrain.norm.layer import NormLayer, recomputing, swap
+from dtrain.norm.moments import mean_variance, wide
 
 
 class Reference:
@@ -92,9 +93,8 @@ class VirtualBatchNorm(NormLayer):
         self._check_input_dim(x)
         if not recomputing():  # which is in backward, when the model's forward is long over
             self._check_model(len(x))
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         # Each sample and channel as a channel of its own, so that torch's kernels for batch norm can be used.
-        rows = wide.reshape(1, x.shape[0] * x.shape[1], -1)
+        rows = x.to(wide(x.dtype)).reshape(1, x.shape[0] * x.shape[1], -1)
         apply: Any = _Moments.apply
         mean, variance = self._statistics(*(t.view(x.shape[:2]) for t in apply(rows)))
         scale = (variance + self.eps).rsqrt()
@@ -139,7 +139,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-        mean, variance = torch.batch_norm_update_stats(rows, None, None, 0.0)
+        mean, variance = mean_variance(rows)
         ctx.save_for_backward(rows, mean)
         return mean, variance
 
