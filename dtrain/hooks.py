@@ -30,6 +30,8 @@ from dtrain import checkpoint, norm
 from dtrain.comm.base import Backend
 from dtrain.errors import UsageError
 from dtrain.evaluate import Score, evaluate
+from dtrain.measure.ledger import Late
+from dtrain.measure.trace import Event
 
 
 @dataclass
@@ -58,6 +60,13 @@ class State:
     """Samples of a full global batch that are this worker's: what its own statistics weigh."""
     rewinds: int = 0
     """How often the run has gone back to an earlier step, because a process was lost."""
+    fresh: list[list[dict[str, float]]] = field(default_factory=list)
+    """For each step whose times became known after this one: each worker's record, see `dtrain.measure.Ledger`. Only
+    this worker's, where workers do not wait for each other."""
+    late: list[Late] = field(default_factory=list)
+    """By worker: what its lateness cost the others."""
+    events: Callable[[], tuple[list[Event], dict[str, int]]] = lambda: ([], {})
+    """This worker's part of a trace of a few steps, and which of them is typical and which the slowest."""
 
     @property
     def first(self) -> bool:
@@ -211,7 +220,7 @@ class JsonLog(Hook):
     def on_start(self, state: State) -> None:
         if state.first:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _lines_to_step(self._path, state.step)
+            kept = lines_to_step(self._path, state.step)
             self._path.write_text("".join(kept), encoding="utf-8")
             self._file = self._path.open("a", encoding="utf-8")
 
@@ -251,7 +260,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines_to_step(path: Path, step: int) -> list[str]:
+def lines_to_step(path: Path, step: int) -> list[str]:
     """Lines of a log up to a step, the step included; without what a kill has torn."""
     if not path.exists():
         return []

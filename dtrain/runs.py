@@ -34,6 +34,7 @@ from dtrain.errors import DataError, UsageError
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Progress, TensorBoard, finite
 from dtrain.measure import summarise
 from dtrain.recipes import Recipe
+from dtrain.timeline import StepLog, Trace
 from dtrain.trainer import Trainer, norm_sharing
 
 Name = Literal["digits", "fashion", "text", "synthetic"]
@@ -397,7 +398,7 @@ def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, f
     if spec.progress:
         hooks.append(Progress(f"{spec.recipe} {comm.name} x{comm.world_size}"))
     if folder is not None:
-        hooks.append(JsonLog(folder / "metrics.jsonl"))
+        hooks += [JsonLog(folder / "metrics.jsonl"), StepLog(folder / "steps.jsonl"), Trace(folder / "trace.json")]
         if spec.tensorboard:
             hooks.append(TensorBoard(folder / "tensorboard"))
         if spec.checkpoint_every != "never":
@@ -478,7 +479,6 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, sa
     mine = json.dumps(summarise(trainer.records)).encode()
     workers = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/summary") if data]
     epochs = state.epoch if trainer.config.steps is None else round(state.samples / len(recipe.train), 3)  # type: ignore[arg-type]
-    step_s = sum(r["step_ms"] for r in trainer.records) / 1e3
     return {
         "recipe": spec.recipe,
         "backend": comm.name,
@@ -486,7 +486,7 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, sa
         "dtype": spec.dtype,
         "epochs": epochs,
         "steps": state.step,
-        "samples_per_s": samples / step_s if step_s else 0.0,  # none, where this process came for the end only
+        "samples_per_s": samples / trainer.step_s if trainer.step_s else 0.0,  # where it came for the end only
         "seconds": seconds,
         **workers[0],
         "train_loss": state.loss,
@@ -494,6 +494,7 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, sa
         **recipe.notes,
         **_first_device(trainer, workers),
         **_servers(trainer),
+        "late": [dataclasses.asdict(late) for late in state.late] if trainer.config.joint else [],
         "per_worker": workers,
     }
 

@@ -7,10 +7,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 RATIO = (
-    "ratio = compute time (forward, backward, optimizer) / time blocked on communication, of worker 0's median step."
+    "ratio = compute time (forward, backward, optimizer) / time blocked on communication, of worker 0's typical step."
 )
-SPEED = "step ms is the median step; samples/s is over all steps of the run, the slow first ones too."
+EFFICIENCY = (
+    "efficiency = the step without the time blocked on communication / the step: what one worker alone would take."
+)
+SPEED = (
+    "step ms is the typical step, the mean of the middle half; samples/s is over all steps, the slow first ones too."
+)
 THREADS = "threads: worker 0's device adds for all, so it sends more than any other worker; the figure is worker 0's."
+
+BOXES = {
+    **{name: name for name in ("data", "forward", "backward", "optimizer", "rest")},
+    **{"exposed_comm": "exposed", "wait": "wait", "transfer": "transfer", "codec": "codec"},
+    "hidden_comm": "(hidden)",
+}
+"""What a step's time goes to, and the heads of its columns."""
 
 _FIGURES = ("step ms", "compute ms", "exposed comm ms", "ratio", "MB sent/step", "samples/s", "loss")
 """Heads of the columns that every run has."""
@@ -72,8 +84,34 @@ def run(summary: dict[str, Any]) -> str:
             f"Worker 0's device updates for all: compared with another one it holds {memory} more, and in a step sends "
             f"{sent} and receives {received} more."
         )
+    lines += _where_time_goes(summary)
     lines += _on_servers(summary)
     return "\n".join([*lines, "", *_notes([summary["backend"]])])
+
+
+def _where_time_goes(summary: dict[str, Any]) -> list[str]:
+    """The typical step of each worker by what it spends its time on, and who was late."""
+    workers = summary.get("per_worker", [])
+    if len(workers) < 2 or not all("exposed_comm_ms" in worker for worker in workers):
+        return []
+    rows = [
+        [f"worker {rank}", *(_number(worker.get(f"{n}_ms"), 2) for n in BOXES)] for rank, worker in enumerate(workers)
+    ]
+    lines = ["", table(["ms", *(BOXES[n] for n in BOXES)], rows)]
+    lines.append("exposed = wait (for a late worker) + transfer + codec; step = data to rest, and exposed.")
+    if "efficiency" in summary:
+        lines.append(f"Efficiency {100 * summary['efficiency']:.0f} %. {EFFICIENCY}")
+    return [*lines, *late(summary)]
+
+
+def late(summary: dict[str, Any]) -> list[str]:
+    """Which worker the others waited for, where that cost more than a hundredth of the run."""
+    costs = [worker["cost_s"] for worker in summary.get("late", [])]
+    if not costs or max(costs) < 0.01 * summary["seconds"]:
+        return []
+    rank = costs.index(max(costs))
+    steps = summary["late"][rank]["steps"]
+    return [f"Worker {rank} cost the others {costs[rank]:.1f} s of waiting, and was the last one in {steps} steps."]
 
 
 def _on_servers(summary: dict[str, Any]) -> list[str]:

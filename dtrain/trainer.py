@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dtrain.config import TrainConfig
 from dtrain.data import Loader, Micro, Step, to_device
 from dtrain.errors import DataError, Preempted, Rewound, UsageError
 from dtrain.hooks import Hook, State
-from dtrain.measure import Stopwatch, metered
+from dtrain.measure import Chosen, Ledger, Offset, StepTimes, Stopwatch, mean, metered, offset_to_first
 from dtrain.norm.merge import merge_statistics
 from dtrain.replica import replicate
 from dtrain.snapshot import gather_own, restore_own
@@ -32,6 +33,11 @@ log = logging.getLogger(__name__)
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss over the samples of the batch."""
+
+_MOST_UNTOLD = 200
+"""Steps after which workers tell each other of their times, where there is no record before."""
+
+_MOST_RECORDS = 10_000
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,13 +95,18 @@ class Trainer:
         if config.nonfinite != "allow":
             self.replica.look_for_nonfinite()
         self.records: list[dict[str, float]] = []
-        """Times and bytes of this worker's steps, see `dtrain.measure.Stopwatch`."""
+        """Times and bytes of this worker's latest steps, see `dtrain.measure.StepTimes.record`."""
+        self.step_s = 0.0
+        """Seconds that all steps took here."""
         self._loss = loss
         self.data = data
         self._hooks = list(hooks)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
         self._watch = Stopwatch(self.comm, self._device)
+        self._ledger = Ledger(self.comm.rank, self.comm.world_size)
+        self._chosen = Chosen()
+        self._started_s = time.perf_counter()
         self._step_in_epoch = 0
         self._asked_to_stop = self._stopping = False
         self._begun = False  # whether this process has made a step
@@ -109,11 +120,13 @@ class Trainer:
     def fit(self) -> State:
         """Train to the end of `config.epochs` or `config.steps`; the final state."""
         self.model.train()
+        self._started_s = time.perf_counter()
         self._ahead = self.state.step - (self.replica.pushes.steps if self.replica.pushes else 0)
         come_back = started = False
         while True:
             try:
                 gone_back = (come_back or self._begin_or_come_back()) and self._rewind()
+                self._begin_times()
                 if not started:  # a replacement's hooks start where the run stands
                     started = True
                     self._call("on_start")
@@ -124,7 +137,8 @@ class Trainer:
                 while not self._over():
                     self._run_epoch()
                 self._settle()
-                self._average_loss()
+                self.state.record, self.state.fresh = None, []
+                self._tell_times(with_loss=True)
                 self._call("on_end")
                 return self.state
             except Rewound as rewound:
@@ -220,7 +234,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.resume(root, step)
         self.state.rewinds += 1
-        self.records = self.records[: self.state.step]
+        self.records = [record for record in self.records if record["step"] <= self.state.step]
         log.warning("went back to step %d", self.state.step)
         return True
 
@@ -375,7 +389,7 @@ class Trainer:
         """The steps of an epoch, with the stopwatch started before each is fetched."""
         iterator = iter(steps)
         while True:
-            self._watch.begin(precise=self._is_recorded(self.state.step + 1))
+            self._watch.begin()
             with self._watch.phase("data"):
                 step = next(iterator, None)
                 if step is None:
@@ -384,30 +398,62 @@ class Trainer:
             yield step
 
     def _record(self) -> None:
-        self.records.append(self._watch.end())
-        self.state.record = None
-        if not self._is_recorded(self.state.step):
-            return
-        self._average_loss()
-        rate = self.optimizer.param_groups[0]["lr"]
-        self.state.record = {"loss": self.state.loss, "lr": float(rate), **self.records[-1]}
+        self._watch.end(self.state.step)
+        self.state.record, self.state.fresh = None, []
+        due = self._is_recorded(self.state.step)
+        if due or len(self._watch) >= _MOST_UNTOLD:
+            mine = self._tell_times(with_loss=due)
+            if due:
+                rate = self.optimizer.param_groups[0]["lr"]
+                now = {"time_s": time.perf_counter() - self._started_s, "loss": self.state.loss, "lr": float(rate)}
+                self.state.record = {**now, **mean(mine)}
 
     def _is_recorded(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.state.steps
 
-    def _average_loss(self) -> None:
-        """`state.loss` over all workers' samples since the last time; as it was where there are none.
+    def _tell_times(self, *, with_loss: bool) -> list[dict[str, float]]:
+        """Tell the others of the steps since the last time, and hear of theirs; this worker's records of them.
 
-        Where workers do not wait for each other, it is this worker's.
+        With the loss over all workers' samples since the last time, which is left as it was where there are none. Where
+        workers do not wait for each other, each keeps what is its own.
         """
-        total, samples = self._lost.tolist()
+        steps = self._watch.take()
+        numbers = torch.zeros(3, dtype=torch.float64)
+        if with_loss:
+            numbers = torch.tensor([*self._lost.tolist(), float(self._asked_to_stop)], dtype=torch.float64)
+            self._lost.zero_()
+        flat = torch.cat([numbers, self._ledger.pack(steps, [step.record() for step in steps])])
         if self.config.joint:
-            numbers = [total, samples, float(self._asked_to_stop)]
-            total, samples, stops = collectives.sum_numbers(self.comm, numbers, "metric/loss")
-            self._stopping = stops > 0
-        self._lost.zero_()
-        if samples:
-            self.state.loss = total / samples
+            self.comm.all_reduce(flat, "metric/record").wait()
+            self._stopping = self._stopping or float(flat[2]) > 0
+        if flat[1] > 0:
+            self.state.loss = float(flat[0] / flat[1])
+        self.state.fresh = self._ledger.unpack(flat[3:])
+        return self._keep(steps, self.state.fresh)
+
+    def _keep(self, steps: list[StepTimes], fresh: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+        """This worker's own records of steps that all have told of."""
+        mine = []
+        for times, everyone in zip(steps, fresh, strict=True):
+            for record in everyone:
+                record["step"] = times.number
+                if not self.config.joint:
+                    record["worker"] = self.comm.rank
+                    del record["wait_ms"], record["transfer_ms"]  # of which it knows nothing
+            mine += [record for record in everyone if record["worker"] == self.comm.rank]
+            self._chosen.see(times, max(record["step_ms"] for record in everyone))
+        self.step_s += sum(record["step_ms"] for record in mine) / 1e3
+        self.records = [*self.records[-_MOST_RECORDS:], *mine]
+        return [{k: v for k, v in record.items() if k not in ("worker", "step", "start_s")} for record in mine]
+
+    def _begin_times(self) -> None:
+        """Before the first step, and when the run has gone back to an earlier one."""
+        self._watch.take()
+        offset = offset_to_first(self.comm) if self.config.joint else Offset()
+        rank, world_size = (self.comm.rank, self.comm.world_size) if self.config.joint else (0, 1)
+        self._ledger = Ledger(rank, world_size, offset)
+        self.state.late = self._ledger.late
+        self.state.events = lambda: (self._chosen.events(self.comm.rank, offset.seconds), self._chosen.notable)
 
     # -- the course of a run ------------------------------------------------------------------------------------------
 

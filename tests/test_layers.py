@@ -15,10 +15,11 @@ import pytest
 FLOORS = [
     {"__main__"},
     {"cli", "examples"},
-    {"compare", "doctor"},  # what the commands do
+    {"plan"},
+    {"compare", "doctor", "probe"},  # what the commands do
     {"__init__"},  # the front door: what `import dtrain` offers
     {"runs"},
-    {"trainer"},
+    {"trainer", "timeline"},
     {"hooks"},
     {"evaluate", "snapshot"},
     {"replica", "jobs", "launcher"},

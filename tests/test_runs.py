@@ -131,6 +131,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_a_run_leaves_its_files(left: tuple[Path, dict[str, Any]]) -> None:
     """And nothing else."""
     names = {"config.json", "metrics.jsonl", "summary.json", "model.safetensors", "checkpoints"}
+    names |= {"steps.jsonl", "trace.json"}
     assert {path.name for path in left[0].iterdir()} == names
     assert checkpoint.steps(left[0] / "checkpoints") == [10, 20, 30]
 

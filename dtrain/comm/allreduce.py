@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -146,6 +147,18 @@ class _Transfer:
         self._comm = comm
         self._work: dist.Work | None = work
         self._key = key
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """See `Announces`. Called by the library's thread."""
+        if self._work is None:
+            callback()
+            return
+
+        def call(future: torch.futures.Future[object]) -> None:
+            if future.done():
+                callback()
+
+        self._work.get_future().add_done_callback(call)
 
     def wait(self) -> None:
         if self._work is None:

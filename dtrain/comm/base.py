@@ -7,6 +7,7 @@ barrier) is made of that one verb, so that a new backend is a small class.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +41,14 @@ class Work(Protocol):
         Raises:
             CommError: another process is gone, late or silent; the message names it.
         """
+
+
+@runtime_checkable
+class Announces(Work, Protocol):
+    """A Work that tells when its result has come, before anybody waits for it."""
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call back once the result is there, from any thread; at once if it is. Never after an error."""
 
 
 @dataclass(eq=False)

@@ -1,25 +1,50 @@
-"""A backend that keeps the time which a worker spends blocked on it."""
+"""A backend that keeps when each transfer was ready, started, waited for and there."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
+from dtrain.comm.base import Announces, Backend, PrimaryHost, Traffic, Work
 from dtrain.comm.hosts import Hosted, HostedBucket, ParameterHost, ServerUpdate, StepReport
+from dtrain.measure.marks import HostMarks, Mark, Marks
+
+_MOST_KEPT = 10_000
+"""Transfers that are kept when nobody takes them."""
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One message of a worker. Marks are read by `Marks.seconds`; on a processor they are seconds of perf_counter."""
+
+    key: str
+    nbytes: int
+    """Of the flat tensor; what travels depends on the backend."""
+    called: Mark
+    """The worker was ready to send."""
+    started: Mark = None
+    """The call that starts the transfer had returned: what lies between is the codec's (packing, checksums, copies)."""
+    wait: Mark = None
+    """The worker began to wait for it; None where it never did."""
+    done: Mark = None
+    """It could go on."""
+    arrived_s: float = math.nan
+    """The result was there, in seconds of perf_counter, where the backend tells."""
 
 
 class Meter:
-    """A Backend around another one; `blocked_s` grows by the time spent in its calls, `wait` above all: exposed
-    communication.
+    """A Backend around another one that records each transfer; `take` hands the records over.
 
-    On CUDA, transfers are only queued by `wait`. While `precise` is set, the device is brought to a stop before and
-    after, and the time between is counted; else nothing is.
+    `blocked_s` grows by the time which the program spends in its calls, `wait` above all: exposed communication. On
+    CUDA a call only queues; there marks on the stream tell, and `blocked_s` does not grow.
     """
 
     def __init__(self, inner: Backend) -> None:
@@ -29,7 +54,9 @@ class Meter:
         self.world_size = inner.world_size
         self.packs = inner.packs
         self.blocked_s = 0.0
-        self.precise = False
+        self.marks: Marks = HostMarks()
+        """How points in time are marked; a Stopwatch sets it to those of the device that computes."""
+        self._transfers: deque[Transfer] = deque(maxlen=_MOST_KEPT)
 
     @property
     def traffic(self) -> Traffic:
@@ -48,6 +75,18 @@ class Meter:
     def close(self) -> None:
         self.inner.close()
 
+    def take(self) -> list[Transfer]:
+        """What was recorded since the last call, in the order of the calls."""
+        taken = list(self._transfers)
+        self._transfers.clear()
+        return taken
+
+    def begin(self, key: str, nbytes: int) -> Transfer:
+        """Record a transfer that is called now."""
+        transfer = Transfer(key, nbytes, self.marks.now())
+        self._transfers.append(transfer)
+        return transfer
+
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
         """Count the time inside."""
@@ -58,11 +97,16 @@ class Meter:
             self.blocked_s += time.perf_counter() - start_s
 
     def _timed(self, start: Callable[[Tensor, str], Work], flat: Tensor, key: str) -> Work:
+        transfer = self.begin(key, flat.nbytes)
         start_s = time.perf_counter()
         work = start(flat, key)
-        if flat.device.type != "cuda":
+        on_device = flat.device.type == "cuda"
+        if not on_device:
             self.blocked_s += time.perf_counter() - start_s
-        return _Timed(self, work, flat.device)
+            if isinstance(work, Announces):
+                work.when_done(lambda: _arrive(transfer))
+        transfer.started = self.marks.now()
+        return _Timed(self, work, transfer, on_device)
 
 
 class PrimaryMeter(Meter):
@@ -89,7 +133,7 @@ class HostMeter(Meter):
     def host(
         self, buckets: Sequence[HostedBucket], model: Sequence[tuple[str, Parameter]], update: ServerUpdate
     ) -> Hosted:
-        return _TimedHosted(self, self._host.host(buckets, model, update))
+        return _TimedHosted(self, self._host.host(buckets, model, update), [b.gradient.nbytes for b in buckets])
 
 
 def metered(comm: Backend) -> Meter:
@@ -102,11 +146,18 @@ def metered(comm: Backend) -> Meter:
 
 
 class _TimedHosted:
-    """Parameters that servers keep, and the time that a worker spends blocked on them."""
+    """Parameters that servers keep, and when each bucket was pushed and the parameters were there.
 
-    def __init__(self, meter: Meter, inner: Hosted) -> None:
+    Nobody waits for a push: the one wait of a step, in `pull`, is recorded as a transfer of its own, `gradient/pull`,
+    which the worker is ready for when it has pushed everything.
+    """
+
+    def __init__(self, meter: Meter, inner: Hosted, nbytes: Sequence[int]) -> None:
         self._meter = meter
         self._inner = inner
+        self._nbytes = nbytes
+        self._pushed: list[Transfer] = []
+        self._finished: Mark = None
         self.begin = inner.begin
         self.refresh = inner.refresh
         self.optimizer_state = inner.optimizer_state
@@ -123,31 +174,47 @@ class _TimedHosted:
         self._inner.steps = value
 
     def push(self, bucket: int, present: Sequence[bool]) -> None:
+        transfer = self._meter.begin(f"gradient/{bucket}", self._nbytes[bucket])
+        self._pushed.append(transfer)
         with self._meter.blocked():
             self._inner.push(bucket, present)
+        transfer.started = self._meter.marks.now()
 
     def finish(self) -> None:
         with self._meter.blocked():
             self._inner.finish()
+        self._finished = self._meter.marks.now()
 
     def pull(self) -> StepReport:
+        transfer = self._meter.begin("gradient/pull", 0)
+        wait = transfer.called
+        transfer.called = transfer.started = wait if self._finished is None else self._finished
+        transfer.wait = wait
         with self._meter.blocked():
-            return self._inner.pull()
+            report = self._inner.pull()
+        done = self._meter.marks.now()
+        for one in (*self._pushed, transfer):
+            one.done = done
+        self._pushed.clear()
+        return report
 
 
 class _Timed:
-    def __init__(self, meter: Meter, work: Work, device: torch.device) -> None:
+    def __init__(self, meter: Meter, work: Work, transfer: Transfer, on_device: bool) -> None:
         self._meter = meter
         self._work = work
-        self._device = device
+        self._transfer = transfer
+        self._on_device = on_device
 
     def wait(self) -> None:
-        stop = self._device.type == "cuda" and self._meter.precise
-        if stop:
-            torch.cuda.synchronize(self._device)
+        transfer, now = self._transfer, self._meter.marks.now
         start_s = time.perf_counter()
+        transfer.wait = now()
         self._work.wait()
-        if stop:
-            torch.cuda.synchronize(self._device)
-        if stop or self._device.type != "cuda":
+        transfer.done = now()
+        if not self._on_device:
             self._meter.blocked_s += time.perf_counter() - start_s
+
+
+def _arrive(transfer: Transfer) -> None:
+    transfer.arrived_s = time.perf_counter()

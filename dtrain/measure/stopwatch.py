@@ -2,86 +2,184 @@
 
 from __future__ import annotations
 
-import contextlib
-import statistics
-import time
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
-from dtrain.measure.meter import Meter
+from dtrain.comm.base import LANES
+from dtrain.measure.marks import Mark, Marks, marks_on
+from dtrain.measure.meter import Meter, Transfer
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One transfer of a step, in seconds of perf_counter. A part that never was is an interval without length."""
+
+    key: str
+    nbytes: int
+    called_s: float
+    """The worker was ready to send."""
+    started_s: float
+    """It had packed and handed over what it sends."""
+    wait_s: float
+    done_s: float
+    """It was blocked from `wait_s` to `done_s`."""
+    arrived_s: float
+    """The result was there, as far as is known: at the latest when the worker went on."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What a worker did in one step, in seconds of perf_counter."""
+
+    number: int
+    """Which step."""
+    begin_s: float
+    end_s: float
+    spans: tuple[tuple[str, float, float], ...]
+    """(phase, from, to), in order; a phase may come several times."""
+    sent: tuple[Sent, ...]
+    traffic: dict[str, float]
+    """Payload bytes: bytes_sent, bytes_received, and of each lane sent_LANE, received_LANE."""
+
+    def record(self) -> dict[str, float]:
+        """Milliseconds by what they went to, and bytes.
+
+        `step_ms` is the sum of `data_ms`, `forward_ms`, `backward_ms`, `optimizer_ms`, `exposed_comm_ms` (blocked on
+        the backend, wherever that was) and `rest_ms`. Of the exposed communication `codec_ms` went to starting
+        transfers. `hidden_comm_ms`: something was under way, and the worker was not blocked.
+        """
+        blocked = self._blocked()
+        exposed_s = sum(to - since for since, to in blocked)
+        phases = dict.fromkeys(PHASES, 0.0)
+        for name, since, to in self.spans:
+            phases[name] += to - since - _overlap(blocked, since, to)
+        outside_s = exposed_s - sum(_overlap(blocked, since, to) for _, since, to in self.spans)
+        inside_s = sum(to - since for _, since, to in self.spans)
+        flight_s = _length(_union([(t.called_s, t.arrived_s) for t in self.sent]))
+        return {
+            "step_ms": (self.end_s - self.begin_s) * 1e3,
+            **{f"{name}_ms": seconds * 1e3 for name, seconds in phases.items()},
+            "rest_ms": max(0.0, self.end_s - self.begin_s - inside_s - outside_s) * 1e3,
+            "exposed_comm_ms": exposed_s * 1e3,
+            "codec_ms": sum(t.started_s - t.called_s for t in self.sent) * 1e3,
+            "hidden_comm_ms": max(0.0, flight_s - exposed_s) * 1e3,
+            **self.traffic,
+        }
+
+    def _blocked(self) -> list[Interval]:
+        """When the program was in the backend's calls; one worker is in one at a time."""
+        starts = [(t.called_s, t.started_s) for t in self.sent if t.started_s > t.called_s]
+        return sorted([*starts, *((t.wait_s, t.done_s) for t in self.sent if t.done_s > t.wait_s)])
+
 
 class Stopwatch:
-    """Times one worker's steps. What a phase spent blocked on the backend counts as communication, not as the phase."""
+    """Times one worker's steps: `begin`, phases, `end`, and `take` for what was found.
+
+    On CUDA it sets events, and waits for the device in `take` alone.
+    """
 
     def __init__(self, meter: Meter, device: torch.device) -> None:
         """
         Args:
-            device: where the model computes; on CUDA only steps begun with `precise` have phases.
+            device: where the model computes.
         """
         self._meter = meter
-        self._cuda = device if device.type == "cuda" else None
+        self._marks: Marks = marks_on(device)
+        meter.marks = self._marks
+        self._steps: list[_Step] = []
         self.begin()
 
-    def begin(self, *, precise: bool = False) -> None:
-        """A step begins. On CUDA, `precise` stops the device at each phase, which costs time of its own."""
-        self._precise = precise
-        self._meter.precise = precise
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._blocked_at_start = self._meter.blocked_s
-        self._traffic_at_start = _bytes(self._meter)
-        self._start_s = time.perf_counter()
+    def __len__(self) -> int:
+        """Steps that wait to be taken."""
+        return len(self._steps)
 
-    @contextlib.contextmanager
+    def begin(self) -> None:
+        """A step begins. What was sent since the last one belongs to neither."""
+        self._meter.take()
+        self._traffic = _bytes(self._meter)
+        self._step = _Step(self._marks.now())
+
+    @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Within: this phase of the step. A phase may come several times."""
-        blocked_s = self._meter.blocked_s
-        start_s = self._now()
+        since = self._marks.now()
         yield
-        self._seconds[name] += self._now() - start_s - (self._meter.blocked_s - blocked_s)
+        self._step.spans.append((name, since, self._marks.now()))
 
-    def end(self) -> dict[str, float]:
-        """The step is over: milliseconds by phase, and bytes."""
-        sent, received = (now - then for now, then in zip(_bytes(self._meter), self._traffic_at_start, strict=True))
-        record = {
-            "step_ms": (self._now() - self._start_s) * 1e3,
-            "bytes_sent": float(sent),
-            "bytes_received": float(received),
-        }
-        if self._cuda is None or self._precise:
-            record["exposed_comm_ms"] = (self._meter.blocked_s - self._blocked_at_start) * 1e3
-            record |= {f"{name}_ms": seconds * 1e3 for name, seconds in self._seconds.items()}
-        self._meter.precise = False
-        return record
+    def end(self, number: int = 0) -> None:
+        """The step is over; it was that one."""
+        step = self._step
+        step.number = number
+        step.end = self._marks.now()
+        step.transfers = self._meter.take()
+        step.traffic = {name: float(n - self._traffic[name]) for name, n in _bytes(self._meter).items()}
+        self._steps.append(step)
 
-    def _now(self) -> float:
-        if self._cuda is not None and self._precise:
-            torch.cuda.synchronize(self._cuda)
-        return time.perf_counter()
+    def take(self) -> list[StepTimes]:
+        """The steps since the last call. On CUDA this waits for what was asked of the device."""
+        taken, self._steps = self._steps, []
+        if taken:
+            self._marks.anchor()
+        return [step.read(self._marks) for step in taken]
 
 
-def summarise(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """A typical step: the median of each figure over the steps that have it, the first ones (warm-up) left out.
+@dataclass(slots=True)
+class _Step:
+    begin: Mark
+    end: Mark = None
+    number: int = 0
+    spans: list[tuple[str, Mark, Mark]] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
+    traffic: dict[str, float] = field(default_factory=dict)
 
-    Adds `compute_ms` (forward, backward and optimizer), `ratio` (compute to exposed communication; absent where nothing
-    is sent) and `*_per_step` for the bytes, which are means.
-    """
-    kept = list(records[min(3, len(records) // 2) :])
-    if not kept:
-        return {}
-    names = sorted({name for record in kept for name in record if name.endswith("_ms")})
-    summary = {name: statistics.median(r[name] for r in kept if name in r) for name in names}
-    for name in ("bytes_sent", "bytes_received"):
-        summary[f"{name}_per_step"] = statistics.fmean(r[name] for r in kept)
-    if all(f"{name}_ms" in summary for name in PHASES):
-        summary["compute_ms"] = sum(summary[f"{name}_ms"] for name in ("forward", "backward", "optimizer"))
-        if summary["exposed_comm_ms"] > 0 and summary["bytes_sent_per_step"] > 0:
-            summary["ratio"] = summary["compute_ms"] / summary["exposed_comm_ms"]
-    return summary
+    def read(self, marks: Marks) -> StepTimes:
+        spans = tuple((name, marks.seconds(since), marks.seconds(to)) for name, since, to in self.spans)
+        sent = tuple(_read(transfer, marks) for transfer in self.transfers)
+        return StepTimes(self.number, marks.seconds(self.begin), marks.seconds(self.end), spans, sent, self.traffic)
 
 
-def _bytes(meter: Meter) -> tuple[int, int]:
-    return sum(meter.traffic.sent.values()), sum(meter.traffic.received.values())
+def _read(transfer: Transfer, marks: Marks) -> Sent:
+    called_s = marks.seconds(transfer.called)
+    started_s = called_s if transfer.started is None else marks.seconds(transfer.started)
+    done_s = started_s if transfer.done is None else marks.seconds(transfer.done)
+    wait_s = done_s if transfer.wait is None else marks.seconds(transfer.wait)
+    arrived_s = done_s if math.isnan(transfer.arrived_s) else min(transfer.arrived_s, done_s)
+    return Sent(transfer.key, transfer.nbytes, called_s, started_s, wait_s, done_s, max(arrived_s, started_s))
+
+
+def _union(intervals: Sequence[Interval]) -> list[Interval]:
+    """The same points in intervals that do not touch, in order."""
+    merged: list[Interval] = []
+    for since, to in sorted(intervals):
+        if merged and since <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(to, merged[-1][1]))
+        else:
+            merged.append((since, to))
+    return merged
+
+
+def _length(intervals: Sequence[Interval]) -> float:
+    return sum(to - since for since, to in intervals)
+
+
+def _overlap(intervals: Sequence[Interval], since: float, to: float) -> float:
+    """How much of disjoint intervals lies within."""
+    return sum(max(0.0, min(to, b) - max(since, a)) for a, b in intervals)
+
+
+def _bytes(meter: Meter) -> dict[str, int]:
+    sent, received = meter.traffic.sent, meter.traffic.received
+    return {
+        "bytes_sent": sum(sent.values()),
+        "bytes_received": sum(received.values()),
+        **{f"sent_{lane}": sent[lane] for lane in LANES},
+        **{f"received_{lane}": received[lane] for lane in LANES},
+    }

@@ -504,6 +504,14 @@ class _Transfer:
         self.missing = 0
         self.staged: tuple[Tensor, Tensor, Tensor] | None = None  # buffer, copy in it, where the sum belongs
         self.device: DeviceCopy | None = None
+        self._callback: Callable[[], None] | None = None
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """See `Announces`. There is no thread that looks: it is called when the worker next takes what has come."""
+        if self.missing:
+            self._callback = callback
+        else:
+            callback()
 
     def wait(self) -> None:
         if self.missing:
@@ -520,6 +528,8 @@ class _Transfer:
             self.staged = None
             flat.copy_(copy)
             self._comm.give_back(data)
+        if not self.missing and self._callback is not None:
+            self._callback()
 
 
 class _Into:

@@ -13,7 +13,8 @@ import dtrain
 from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
 from dtrain.comm.solo import Solo
 from dtrain.errors import UsageError
-from dtrain.measure import Meter, PrimaryMeter, Stopwatch, metered, summarise
+from dtrain.measure import Meter, PrimaryMeter, Sent, StepTimes, Stopwatch, metered, summarise
+from dtrain.measure.marks import CudaMarks, HostMarks, marks_on
 from tests.conftest import everywhere
 from tests.small import Job, trainer_of
 
@@ -61,7 +62,8 @@ def test_waiting_is_not_computing() -> None:
     with watch.phase("backward"):  # a phase may come twice
         time.sleep(0.01)
     around_ms = (time.perf_counter() - start_s) * 1e3
-    record = watch.end()
+    watch.end()
+    (record,) = [step.record() for step in watch.take()]
     assert record["data_ms"] >= 10
     assert record["backward_ms"] >= 20
     assert record["exposed_comm_ms"] >= 30
@@ -79,9 +81,11 @@ def test_a_transfer_that_travels_meanwhile_costs_nothing() -> None:
         work = meter.all_reduce(torch.ones(4), "gradient/0")
         time.sleep(0.02)
         work.wait()
-    record = watch.end()
+    watch.end()
+    record = watch.take()[0].record()
     assert record["backward_ms"] >= 20
     assert record["exposed_comm_ms"] <= record["step_ms"] - record["backward_ms"]
+    assert record["hidden_comm_ms"] >= 20
 
 
 def test_each_step_begins_at_zero() -> None:
@@ -93,18 +97,104 @@ def test_each_step_begins_at_zero() -> None:
         watch.begin()
         with watch.phase("forward"):
             meter.all_reduce(torch.ones(4), "norm/layer").wait()
-        record = watch.end()
+        watch.end()
+        record = watch.take()[0].record()
         assert 10 <= record["exposed_comm_ms"] <= record["step_ms"] - record["forward_ms"]
         assert (record["bytes_sent"], record["bytes_received"]) == (4.0, 8.0)
 
 
-def test_on_cuda_only_some_steps_are_taken_apart() -> None:
-    """The others have their length and their bytes, and no figure that was not measured."""
-    watch = Stopwatch(metered(Slow(0.0)), torch.device("cuda"))
-    watch.begin()
-    with watch.phase("forward"):
-        pass
-    assert watch.end().keys() == {"step_ms", "bytes_sent", "bytes_received"}
+def test_the_parts_add_up() -> None:
+    """Data to rest, and exposed communication, are the step; what is sent belongs to its lane."""
+    meter = metered(Slow(0.003))
+    watch = Stopwatch(meter, CPU)
+    for number in range(3):
+        watch.begin()
+        with watch.phase("data"):
+            time.sleep(0.001)
+        meter.all_reduce(torch.ones(2), "metric/between").wait()  # outside of any phase
+        with watch.phase("forward"):
+            meter.all_reduce(torch.ones(3), "norm/layer").wait()
+        time.sleep(0.002)
+        with watch.phase("backward"):
+            works = [meter.all_reduce(torch.ones(4), f"gradient/{i}") for i in range(3)]
+            time.sleep(0.004)
+            for work in works:
+                work.wait()
+        watch.end(number)
+    steps = watch.take()
+    assert [step.number for step in steps] == [0, 1, 2]
+    assert not len(watch)
+    for record in (step.record() for step in steps):
+        names = ("data", "forward", "backward", "optimizer", "rest", "exposed_comm")
+        assert sum(record[f"{name}_ms"] for name in names) == pytest.approx(record["step_ms"], abs=1e-6)
+        assert record["exposed_comm_ms"] >= 5 * 3
+        assert 0 <= record["codec_ms"] < record["exposed_comm_ms"]
+        assert record["rest_ms"] >= 2
+        assert (record["sent_gradient"], record["sent_norm"], record["sent_metric"]) == (12, 3, 2)
+        assert (record["bytes_sent"], record["bytes_received"]) == (17, 34)
+
+
+def step_of(spans: list[tuple[str, float, float]], *sent: Sent) -> StepTimes:
+    return StepTimes(1, 0.0, 1.0, tuple(spans), sent, {})
+
+
+def test_boxes_of_a_step_by_hand() -> None:
+    """Two transfers overlap; one was blocked on, partly after its phase; what arrived before is hidden."""
+    first = Sent("gradient/0", 8, called_s=0.1, started_s=0.12, wait_s=0.5, done_s=0.5, arrived_s=0.3)
+    second = Sent("gradient/1", 8, called_s=0.2, started_s=0.21, wait_s=0.5, done_s=0.7, arrived_s=0.7)
+    record = step_of([("forward", 0.0, 0.1), ("backward", 0.1, 0.6), ("optimizer", 0.8, 0.9)], first, second).record()
+    assert record["exposed_comm_ms"] == pytest.approx(20 + 10 + 200)
+    assert record["codec_ms"] == pytest.approx(30)
+    assert record["hidden_comm_ms"] == pytest.approx(600 - 230)  # under way from 0.1 to 0.7
+    assert record["backward_ms"] == pytest.approx(500 - 130)
+    assert record["rest_ms"] == pytest.approx(100 + 200 - 100)  # outside of phases, but for 0.1 blocked there
+    parts = [record[f"{n}_ms"] for n in ("data", "forward", "backward", "optimizer", "rest", "exposed_comm")]
+    assert sum(parts) == pytest.approx(1000)
+
+
+class FakeDevice:
+    """A CUDA stream that runs behind the program: an event has its time when the stream has come to it."""
+
+    def __init__(self) -> None:
+        self.now_ms = 500.0  # the device's own clock
+        self.synchronized = 0
+
+    def event(self) -> FakeEvent:
+        return FakeEvent(self)
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+
+
+class FakeEvent:
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+
+    def record(self) -> None:
+        self.at_ms = self.device.now_ms
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at_ms - self.at_ms
+
+
+def test_marks_of_a_device_are_read_on_the_clock_of_the_host() -> None:
+    """Events lie as far before the anchor as the device says, and nothing is waited for but in `anchor`."""
+    device = FakeDevice()
+    marks = CudaMarks(torch.device("cuda"), event=device.event, synchronize=device.synchronize)
+    begun = device.synchronized
+    found = []
+    for ahead_ms in (0.0, 3.0, 9.0):
+        device.now_ms = 500.0 + ahead_ms
+        found.append(marks.now())
+    assert device.synchronized == begun
+    device.now_ms = 520.0
+    before_s = time.perf_counter()
+    marks.anchor()
+    seconds = [marks.seconds(mark) for mark in found]
+    assert seconds[1] - seconds[0] == pytest.approx(0.003)
+    assert seconds[2] - seconds[1] == pytest.approx(0.006)
+    assert before_s - 0.02 <= seconds[0] <= time.perf_counter() - 0.02
+    assert isinstance(marks_on(torch.device("cpu")), HostMarks)
 
 
 # -- a typical step ---------------------------------------------------------------------------------------------------
@@ -116,24 +206,26 @@ def record(forward: float = 2.0, comm: float = 1.0, sent: float = 10.0, **more: 
     return {"step_ms": 10.0, "exposed_comm_ms": comm, **phases, **bytes_, **more}
 
 
-def test_a_typical_step_is_the_median_after_warm_up() -> None:
-    """The first three steps do not count; bytes are means."""
+def test_a_typical_step_is_the_mean_of_the_middle_half_after_warm_up() -> None:
+    """The first three steps do not count, nor the quickest and the slowest quarter; bytes are means of all others."""
     warm_up = [record(forward=1000.0, comm=1000.0, sent=0.0)] * 3
-    rest = [record(forward=f, comm=c, sent=s) for f, c, s in [(1, 2, 10), (5, 4, 20), (90, 1, 60)]]
+    rest = [record(forward=f, comm=f / 2, sent=s, step_ms=10 * f) for f, s in [(8, 10), (1, 20), (4, 30), (90, 60)]]
     found = summarise([*warm_up, *rest])
-    assert found["forward_ms"] == 5
-    assert found["exposed_comm_ms"] == 2
-    assert found["bytes_sent_per_step"] == statistics.fmean([10, 20, 60])
+    assert found["forward_ms"] == 6
+    assert found["step_ms"] == 60
+    assert found["exposed_comm_ms"] == 3
+    assert found["bytes_sent_per_step"] == 30
     assert found["bytes_received_per_step"] == 15
-    assert found["compute_ms"] == 5 + 3 + 0.5
-    assert found["ratio"] == (5 + 3 + 0.5) / 2
+    assert found["compute_ms"] == 6 + 3 + 0.5
+    assert found["ratio"] == (6 + 3 + 0.5) / 3
+    assert found["efficiency"] == 1 - 3 / 60
 
 
 @pytest.mark.parametrize(("steps", "dropped"), [(1, 0), (2, 1), (3, 1), (5, 2), (6, 3), (100, 3)])
 def test_warm_up_is_never_all_there_is(steps: int, dropped: int) -> None:
     """Of a short run, at most half is left out."""
-    records = [record(step_ms=float(i)) for i in range(steps)]
-    assert summarise(records)["step_ms"] == statistics.median(range(dropped, steps))
+    records = [record(step_ms=float(i + 1)) for i in range(steps)]
+    assert summarise(records)["step_ms"] == statistics.fmean(range(dropped + 1, steps + 1))
 
 
 def test_the_ratio_is_absent_where_nothing_is_sent() -> None:
@@ -142,15 +234,6 @@ def test_the_ratio_is_absent_where_nothing_is_sent() -> None:
     assert "ratio" not in summarise([record(comm=0.0)] * 4)
     assert summarise([record(sent=0.0)] * 4)["compute_ms"] == 5.5
     assert summarise([]) == {}
-
-
-def test_figures_that_only_some_steps_have() -> None:
-    """As on CUDA: the medians are over the steps that have them."""
-    plain = {"step_ms": 7.0, "bytes_sent": 10.0, "bytes_received": 10.0}
-    found = summarise([plain] * 9 + [record(comm=2.0)] + [plain] * 9 + [record(comm=4.0)])
-    assert (found["exposed_comm_ms"], found["step_ms"]) == (3.0, 7.0)
-    assert found["ratio"] == 5.5 / 3
-    assert not {"exposed_comm_ms", "compute_ms", "ratio"} & summarise([plain] * 9).keys()
 
 
 # -- the meter is a backend -------------------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+"""A few steps of all workers as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
+
+Format: "Trace Event Format" (Google, 2016), complete events, times in microseconds from the first step kept.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from dtrain.comm.base import LANES, lane_of
+from dtrain.measure.stopwatch import StepTimes
+
+_WARM_UP = 3
+_TYPICAL = 5
+_LANE_ROWS = 10  # a transfer that overlaps another one of its lane goes to a row so far below
+
+Event = dict[str, Any]
+
+
+class Chosen:
+    """Keeps the times of a few steps: some of the first after warm-up, and the slowest. All workers choose the same."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, tuple[float, StepTimes]] = {}
+        self._seen = 0
+        self._slowest: int | None = None
+
+    def see(self, step: StepTimes, longest_ms: float) -> None:
+        """Look at this worker's next step.
+
+        Args:
+            longest_ms: how long it took the slowest worker.
+        """
+        self._seen += 1
+        if self._seen <= _WARM_UP:
+            return
+        if self._seen <= _WARM_UP + _TYPICAL:
+            self._steps[step.number] = (longest_ms, step)
+        elif self._slowest is None or longest_ms > self._steps[self._slowest][0]:
+            if self._slowest is not None:
+                del self._steps[self._slowest]
+            self._slowest = step.number
+            self._steps[step.number] = (longest_ms, step)
+
+    @property
+    def notable(self) -> dict[str, int]:
+        """The number of a typical step, and of the slowest one that is kept."""
+        if not self._steps:
+            return {}
+        middle = statistics.median_low(ms for ms, _ in self._steps.values())
+        typical = next(number for number, (ms, _) in self._steps.items() if ms == middle)
+        return {"typical_step": typical, "slowest_step": max(self._steps, key=lambda n: self._steps[n][0])}
+
+    def events(self, rank: int, offset_s: float) -> list[Event]:
+        """This worker's events; times in microseconds on worker 0's clock."""
+        return [e for _, step in self._steps.values() for e in events_of(step, rank, offset_s)]
+
+
+def events_of(step: StepTimes, rank: int, offset_s: float = 0.0) -> list[Event]:
+    """A step of a worker: what it computed and when it was blocked in row 0, each transfer in a row of its lane."""
+
+    def event(name: str, row: int, since_s: float, to_s: float, **more: object) -> Event:
+        return {
+            **{"ph": "X", "pid": rank, "tid": row, "name": name},
+            **{"ts": round((since_s + offset_s) * 1e6, 1), "dur": round(max(0.0, to_s - since_s) * 1e6, 1)},
+            "args": {"step": step.number, **more},
+        }
+
+    events = [event(name, 0, since, to) for name, since, to in step.spans]
+    events += [event("blocked", 0, t.wait_s, t.done_s, on=t.key) for t in step.sent if t.done_s > t.wait_s]
+    busy: dict[int, float] = {}  # row -> until when
+    for t in step.sent:
+        row = 1 + LANES.index(lane_of(t.key))
+        while busy.get(row, 0.0) > t.called_s:
+            row += _LANE_ROWS
+        busy[row] = t.arrived_s
+        events.append(event(t.key, row, t.called_s, t.arrived_s, nbytes=t.nbytes))
+    return events
+
+
+def document(by_worker: Sequence[Sequence[Event]], notable: dict[str, int]) -> str:
+    """The file, from each worker's events."""
+    start = min((e["ts"] for events in by_worker for e in events), default=0.0)
+    moved = [{**e, "ts": round(e["ts"] - start, 1)} for events in by_worker for e in events]
+    rows = sorted({(e["pid"], e["tid"]) for e in moved})
+    names = [_name("process_name", rank, 0, f"worker {rank}") for rank in sorted({pid for pid, _ in rows})]
+    names += [_name("thread_name", pid, tid, _row_name(tid)) for pid, tid in rows]
+    return json.dumps({"displayTimeUnit": "ms", "otherData": notable, "traceEvents": names + moved})
+
+
+def _name(kind: str, pid: int, tid: int, name: str) -> Event:
+    return {"ph": "M", "pid": pid, "tid": tid, "name": kind, "args": {"name": name}}
+
+
+def _row_name(row: int) -> str:
+    if row == 0:
+        return "compute"
+    below, lane = divmod(row, _LANE_ROWS)
+    return LANES[lane - 1] + (f" {below + 1}" if below else "")
