@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 import dtrain
 from dtrain.comm import collectives
-from dtrain.measure import metered
+from dtrain.measure import Stopwatch, metered
 from dtrain.norm import convert, freeze, renorm, replace_with_group_norm, virtual
 from dtrain.tables import table
 
@@ -65,8 +65,6 @@ SHARED: list[Shape] = [(32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7)]
 REFERENCE = 32
 """Samples of the reference batch of virtual batch norm."""
 GROUPS = 32
-STOPPED = "sync, stopped"
-"""On CUDA: turns in which the device is stopped around each transfer, for the time of waiting alone."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +172,6 @@ class Found:
     waiting_s: list[float] = field(default_factory=list)
     """Of the steps of `waits`, what was spent blocked in the backend."""
 
-    @property
-    def waits(self) -> str:
-        return STOPPED if STOPPED in self.times_s else "sync"
-
 
 def together(comm: dtrain.Backend, shape: Shape, rounds: int, steps: int) -> Found:
     """One worker: a plain layer, a synchronised one and, with NCCL, torch's."""
@@ -196,8 +190,7 @@ def together(comm: dtrain.Backend, shape: Shape, rounds: int, steps: int) -> Fou
             nn.BatchNorm2d(shape[1], device=device), dist.group.WORLD
         )
     ready = {name: stepper(layer, x, dy) for name, layer in layers.items()}
-    if device != "cpu":
-        ready[STOPPED] = ready["sync"]
+    watch = Stopwatch(meter, torch.device(device))
     found = Found({name: [] for name in ready})
     for step in ready.values():
         step()
@@ -205,13 +198,14 @@ def together(comm: dtrain.Backend, shape: Shape, rounds: int, steps: int) -> Fou
     for number in range(rounds):
         for name in list(ready) if number % 2 else list(ready)[::-1]:
             collectives.barrier(comm)
-            meter.precise = name == STOPPED
-            blocked_s, start_s = meter.blocked_s, time.perf_counter()
+            watch.begin()
+            start_s = time.perf_counter()
             for _ in range(steps):
                 ready[name]()
             found.times_s[name].append((time.perf_counter() - start_s) / steps)
-            if name == found.waits:
-                found.waiting_s.append((meter.blocked_s - blocked_s) / steps)
+            watch.end()
+            if name == "sync":
+                found.waiting_s.append(watch.take()[0].record()["exposed_comm_ms"] / 1e3 / steps)
     return found
 
 
@@ -230,7 +224,7 @@ def shared_rows(backend: str, shape: Shape, found: list[Found], steps: int) -> l
         row = common.ratio_row(str(shape), contenders[name], "plain", (times_s[name], times_s["plain"]))
         row |= {"goal": None, "steps": steps}
         if name == "sync":
-            shares = [w / t for w, t in zip(waiting_s, times_s[found[0].waits], strict=True)]
+            shares = [w / t for w, t in zip(waiting_s, times_s["sync"], strict=True)]
             row |= {"waiting_ms": statistics.median(waiting_s) * 1e3, "waiting_share": statistics.median(shares)}
         rows.append(row)
     return rows

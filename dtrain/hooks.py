@@ -14,6 +14,7 @@ Hooks run on every worker, at the same steps, in the order in which they were gi
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -32,6 +33,9 @@ from dtrain.errors import UsageError
 from dtrain.evaluate import Score, evaluate
 from dtrain.measure.ledger import Late
 from dtrain.measure.trace import Event
+from dtrain.prometheus import Metrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -310,6 +314,60 @@ class TensorBoard(Hook):
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+class Prometheus(Hook):
+    """The latest record and metrics for Prometheus at http://127.0.0.1:PORT/metrics, on worker 0."""
+
+    _COUNTERS = ("step", "epoch", "samples")
+
+    def __init__(self, port: int) -> None:
+        """
+        Args:
+            port: 0 takes a free one, which is logged as a warning.
+        """
+        self._port = port
+        self._figures: dict[str, float] = {}
+        self._server: Metrics | None = None
+
+    def on_start(self, state: State) -> None:
+        if state.first:
+            self._see(state)
+            self._server = Metrics(
+                self._port,
+                lambda: self._figures,
+                meanings={"late_worker": "The worker that the others have waited for longest"},
+                counters=self._COUNTERS,
+                worker=str(state.comm.rank),
+            )
+            log.warning("metrics at http://127.0.0.1:%d/metrics", self._server.port)
+
+    def on_step(self, state: State) -> None:
+        if state.record is not None:
+            self._see(state)
+
+    def on_epoch(self, state: State) -> None:
+        self._see(state)
+
+    def on_rewind(self, state: State) -> None:
+        self._see(state)
+
+    def on_end(self, state: State) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def on_stop(self, state: State) -> None:
+        self.on_end(state)
+
+    def _see(self, state: State) -> None:
+        figures: dict[str, float] = {"step": state.step, "epoch": state.epoch, "samples": state.samples}
+        figures |= {f"test_{name}": value for name, value in state.metrics.items()}
+        figures |= state.record or {k: v for k, v in self._figures.items() if k not in figures}
+        if state.late:
+            figures["late_worker"] = max(range(len(state.late)), key=lambda rank: state.late[rank].cost_s)
+            figures["late_cost_s"] = max(late.cost_s for late in state.late)
+        self._figures = figures
 
 
 class Checkpoint(Hook):

@@ -31,7 +31,7 @@ from dtrain.comm.base import Backend
 from dtrain.config import TrainConfig
 from dtrain.data import Loader, to_device
 from dtrain.errors import DataError, UsageError
-from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Progress, TensorBoard, finite
+from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Progress, Prometheus, TensorBoard, finite
 from dtrain.measure import summarise
 from dtrain.recipes import Recipe
 from dtrain.timeline import StepLog, Trace
@@ -126,6 +126,9 @@ class RunSpec(Task):
     """Go on from the newest checkpoint in --run-dir."""
     tensorboard: bool = False
     """Write scalars for TensorBoard into the run directory."""
+    metrics_port: Annotated[int | None, arg(metavar="PORT", help_behavior_hint="")] = None
+    """Tell worker 0's figures to Prometheus at http://127.0.0.1:PORT/metrics (extra dtrain[metrics]); 0 takes a free
+    port."""
 
     def build(self) -> Recipe:
         """The recipe, with its data.
@@ -397,6 +400,8 @@ def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, f
         hooks.append(Evaluate(recipe.test, recipe.score, finish=recipe.finish, device=device))
     if spec.progress:
         hooks.append(Progress(f"{spec.recipe} {comm.name} x{comm.world_size}"))
+    if spec.metrics_port is not None:
+        hooks.append(Prometheus(spec.metrics_port))
     if folder is not None:
         hooks += [JsonLog(folder / "metrics.jsonl"), StepLog(folder / "steps.jsonl"), Trace(folder / "trace.json")]
         if spec.tensorboard:

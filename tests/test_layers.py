@@ -30,7 +30,7 @@ FLOORS = [
     {"comm"},
     {"checkpoint", "buckets", "data", "processes"},
     {"trees", "generators"},
-    {"config", "tables"},
+    {"config", "tables", "prometheus"},
     {"env"},
     {"errors"},
 ]

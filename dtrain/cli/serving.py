@@ -18,7 +18,7 @@ from dtrain.errors import DtrainError, UsageError
 from dtrain.processes import end_with_launcher, give_up, leave_word
 from dtrain.ps import keys
 from dtrain.ps.members import Terms
-from dtrain.ps.metrics import Metrics
+from dtrain.ps import metrics as figures
 from dtrain.ps.scheduler import Scheduler, register
 from dtrain.ps.server import Server
 from dtrain.serving import bind_towards, leave_address, seen_from
@@ -89,7 +89,7 @@ class ServerCommand:
         leave_address(place.job_dir, server.address)
         metrics = None
         if self.metrics_port is not None:
-            metrics = Metrics(self.metrics_port, server.terms.server, server.figures)
+            metrics = figures.serve(self.metrics_port, server.terms.server, server.figures)
             print(f"metrics at http://127.0.0.1:{metrics.port}/metrics", flush=True)
         if place.launcher_fd is None:
             which = f", as server {server.terms.server} of {server.terms.num_servers}" if place.scheduler else ""

@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.errors import UsageError
 from dtrain.ps.members import Terms
-from dtrain.ps.metrics import MEANINGS, Metrics
+from dtrain.ps.metrics import MEANINGS, serve
 from dtrain.ps.server import Server
 
 pytest.importorskip("prometheus_client", reason="the extra dtrain[metrics] is not installed")
@@ -18,12 +18,12 @@ def test_figures_are_told_on_loopback(own_temporary_directory):
     server = Server(f"ipc://{own_temporary_directory}/metrics", Terms(world_size=2))
     try:
         assert set(server.figures()) == set(MEANINGS)
-        metrics = Metrics(0, 3, server.figures)
+        metrics = serve(0, 3, server.figures)
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{metrics.port}/metrics", timeout=5) as answer:
                 text = answer.read().decode()
             with pytest.raises(UsageError, match=f"--metrics-port {metrics.port}"):
-                Metrics(metrics.port, 3, server.figures)
+                serve(metrics.port, 3, server.figures)
         finally:
             metrics.close()
     finally:
