@@ -105,7 +105,7 @@ def served(servers: Callable[[], Served]) -> Served:
 # --- bytes at the port
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16 + 32)
-READY = b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+READY = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
 MET = GREETING + READY
 RAW: dict[str, bytes] = {
     "nothing": b"",
