@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dtrain import checkpoint, generators, norm
 from dtrain.comm import collectives
-from dtrain.comm.base import Backend, Rejoins
+from dtrain.comm.base import Backend, Rejoins, TellsSpans
 from dtrain.comm.hosts import ServerUpdate
 from dtrain.comm.solo import Solo
 from dtrain.config import TrainConfig
@@ -433,7 +433,7 @@ class Trainer:
 
     def _keep(self, steps: list[StepTimes], fresh: list[list[dict[str, float]]]) -> list[dict[str, float]]:
         """This worker's own records of steps that all have told of."""
-        mine = []
+        mine, chosen = [], False
         for times, everyone in zip(steps, fresh, strict=True):
             for record in everyone:
                 record["step"] = times.number
@@ -441,7 +441,9 @@ class Trainer:
                     record["worker"] = self.comm.rank
                     del record["wait_ms"], record["transfer_ms"]  # of which it knows nothing
             mine += [record for record in everyone if record["worker"] == self.comm.rank]
-            self._chosen.see(times, max(record["step_ms"] for record in everyone))
+            chosen |= self._chosen.see(times, max(record["step_ms"] for record in everyone))
+        if chosen and self.comm.rank == 0 and isinstance(self.comm.inner, TellsSpans):
+            self._chosen.see_servers(self.comm.inner.server_spans())
         self.step_s += sum(record["step_ms"] for record in mine) / 1e3
         self.records = [*self.records[-_MOST_RECORDS:], *mine]
         return [{k: v for k, v in record.items() if k not in ("worker", "step", "start_s")} for record in mine]

@@ -115,6 +115,30 @@ class Rejoins(Backend, Protocol):
         """Come again, in that epoch or a later one; returns when all workers have."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """One round at a server, in seconds of the monotonic clock of whoever asked."""
+
+    name: str
+    """The key of the transfer."""
+    first_s: float
+    """Its first part came."""
+    last_s: float
+    """Its last part came; until then the server waited."""
+    done_s: float
+    """The result was on its way."""
+    last_rank: int
+    """Whose part was the last."""
+
+
+@runtime_checkable
+class TellsSpans(Backend, Protocol):
+    """A Backend whose servers remember their latest rounds."""
+
+    def server_spans(self) -> list[list[Span]]:
+        """By server: its latest rounds, on this worker's clock. Any worker may call it, between transfers."""
+
+
 class Done:
     """The work of a transfer that is over when it starts."""
 

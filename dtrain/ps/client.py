@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dtrain.comm import collectives
-from dtrain.comm.base import Traffic, Work, check_flat
+from dtrain.comm.base import Span, Traffic, Work, check_flat
 from dtrain.comm.hosts import HostedBucket, ServerUpdate
 from dtrain.errors import CommError, ConnectError, Preempted, ProtocolError, Rewound, UsageError
-from dtrain.ps import board, sockets, wire
+from dtrain.ps import board, sockets, spans, wire
 from dtrain.ps import lanes as lanes_
 from dtrain.ps.hosting import Hosting
 from dtrain.ps.link import Joining, Link, copy_into
@@ -176,6 +176,21 @@ class ParameterServer:
             self._reset()
             self.epoch = max(epoch, self.epoch)
             self._join()
+
+    def server_spans(self) -> list[list[Span]]:
+        """See `TellsSpans`."""
+        found: list[list[Span]] = []
+        with self._lock:
+            self.check()
+            for link in self.links:
+                asked_s, told = time.monotonic(), _Told()
+                link.ask(wire.Recall, take=told)
+                self.progress(lambda told=told: told.data is not None, "a server's latest rounds")  # type: ignore[misc]
+                try:
+                    found.append(spans.decode(told.data or b"", asked_s, time.monotonic()))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ProtocolError(f"{link} told of its rounds what cannot be read: {error}") from error
+        return found
 
     # -- for what is built on it --------------------------------------------------------------------------------------
 
@@ -553,6 +568,15 @@ class _Countdown:
 
     def __call__(self, answer: Answer, payload: memoryview | None) -> None:
         self._waiting.discard(self._server)
+
+
+class _Told:
+    """Keeps what came with an answer."""
+
+    data: bytes | None = None
+
+    def __call__(self, answer: Answer, payload: memoryview | None) -> None:
+        self.data = bytes(payload or b"")
 
 
 def _ignore(answer: Answer, payload: memoryview | None) -> None:

@@ -25,6 +25,7 @@ class Part:
     seq: int
     payload: Tensor
     shared: bool  # in memory that the worker sees: the sum goes there
+    round: tuple[str, int]  # key and call, whose part it is
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Rounds:
                 f"{add.key}, round {add.call}: worker {rank} sent {payload.numel()} x {add.dtype}, "
                 f"workers {sorted(round_.parts)} sent {round_.numel} x {round_.dtype}"
             )
-        round_.parts[rank] = Part(rank, add.seq, payload, isinstance(add, AddShared))
+        round_.parts[rank] = Part(rank, add.seq, payload, isinstance(add, AddShared), (add.key, add.call))
         return where
 
     def close(self, where: _Where, expected: Iterable[int]) -> list[Part] | None:

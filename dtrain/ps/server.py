@@ -25,7 +25,8 @@ from dtrain.ps.holder import Holder
 from dtrain.ps.link import error_of
 from dtrain.ps.listener import Listener
 from dtrain.ps.members import Send, Session, Terms
-from dtrain.ps.shard import Effect, Forget, GiveUp, Map, Shard, SumUp
+from dtrain.ps.shard import Effect, Forget, GiveUp, Map, Shard, SumUp, Tell
+from dtrain.ps.spans import Spans
 from dtrain.ps.sums import Reduction
 from dtrain.ps.tasks import Pool, Task
 from dtrain.ps.wire import Done, Sum
@@ -105,6 +106,7 @@ class Server:
         self._segments: dict[tuple[Session, int], lanes.Segment] = {}
         self._jobs: deque[_Job] = deque()
         self._saved: dict[int, bytes] = {}
+        self._spans = Spans()
         self._lives = 0  # epochs that have ended here
         self._counts: Counter[str] = Counter()
         self._stopped = False
@@ -190,12 +192,23 @@ class Server:
             self._listener.warn(error, known=known)
             return self._shard.refuse(session, error if known else ProtocolError(str(error)))
         self._count(payload, message)
+        self._note(session, message)
         return self._shard.receive(session, message, payload, time.monotonic())
 
     def _count(self, payload: Tensor | None, message: wire.Message) -> None:
         if payload is not None:
             shared = not isinstance(message, wire.WITH_PAYLOAD)
             self._counts["shared_bytes" if shared else "received_bytes"] += payload.nbytes
+
+    def _note(self, session: Session, message: wire.Message) -> None:
+        """Remember when the parts of a round came."""
+        member = self._shard.members.get(session)
+        if member is None:
+            return
+        if isinstance(message, wire.Add | wire.AddShared):
+            self._spans.came(message.key, message.call, member.rank)
+        elif isinstance(message, wire.Push | wire.PushShared):
+            self._spans.came(f"gradient/{message.bucket}", message.step, member.rank)
 
     def _payload(self, session: Session, message: wire.Message, data: memoryview | None) -> Tensor | None:
         """The numbers that a message brings, or that lie where it says."""
@@ -246,6 +259,9 @@ class Server:
                 self._sum_up(effect)
             elif isinstance(effect, Map):
                 self._map(effect)
+            elif isinstance(effect, Tell):
+                told = torch.frombuffer(bytearray(self._spans.encode()), dtype=torch.uint8)
+                self._act(self._shard.answer(effect.session, wire.Piece(effect.seq, 1, 0), told))
             elif isinstance(effect, Forget):
                 self._forget(effect)
             elif isinstance(effect, GiveUp):
@@ -357,6 +373,7 @@ class Server:
 
         def answer() -> None:
             self._counts["rounds"] += 1
+            self._spans.done(*effect.parts[0][1].round)
             by_socket = len(shared) < len(effect.parts)
             checksum = wire.checksum_of(wire.bytes_of(outputs[0])) if self._checksums and by_socket else 0
             for session, part in effect.parts:
@@ -412,6 +429,7 @@ class Server:
         outputs = [self._place(rank, pull) for rank, pull in shared]
 
         def then() -> None:
+            self._spans.done(f"gradient/{work.bucket}")
             for gradient in work.gradients:
                 for seq in gradient.asked:
                     self._act(self._shard.answer_rank(gradient.rank, Done(seq)))

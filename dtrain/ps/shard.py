@@ -35,6 +35,14 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Tell:
+    """Answer with what was done lately."""
+
+    session: Session
+    seq: int
+
+
+@dataclass(frozen=True)
 class Forget:
     """These connections are used no more: free what was mapped for them; drop all work for them."""
 
@@ -48,7 +56,7 @@ class GiveUp:
     pid: int
 
 
-Effect = Send | SumUp | Map | Forget | GiveUp | StoreWork
+Effect = Send | SumUp | Map | Tell | Forget | GiveUp | StoreWork
 
 
 class Shard:
@@ -233,6 +241,8 @@ class Shard:
             return list(repeated)
         if isinstance(request, Share | Unshare):
             return [Map(member.session, request)]
+        if isinstance(request, wire.Recall):
+            return [Tell(member.session, request.seq)]
         if isinstance(request, Await | Resume):
             return self._await(member, request, now)
         if isinstance(request, Add | AddShared) and payload is not None:

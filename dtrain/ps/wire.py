@@ -20,7 +20,7 @@ from torch import Tensor
 from dtrain.comm.base import DTYPES
 from dtrain.errors import ProtocolError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_HEADER_BYTES = 4096
 PART_BYTES = 2**20
 """A tensor travels in parts of at most this size, so that adding, sending and receiving overlap, and heartbeats do not
@@ -216,6 +216,11 @@ class Clip(Request):
     factor: float
 
 
+@dataclass(frozen=True)
+class Recall(Request):
+    """Asks for what the server did lately, see `spans`. -> Piece"""
+
+
 # -- server to worker -------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +362,7 @@ Rendezvous = Register | Lookup | Numbered | Located
 Message = Hello | Bye | Request | Welcome | Answer | Again | Ping | Rewind | Failed | Rendezvous
 _KINDS: tuple[type, ...] = (
     *(Hello, Bye, Share, Unshare, Add, AddShared, Await, Resume),
-    *(Open, Put, Fetch, Begin, Push, PushShared, Pull, PullShared, Ready, Commit, Clip),
+    *(Open, Put, Fetch, Begin, Push, PushShared, Pull, PullShared, Ready, Commit, Clip, Recall),
     *(Welcome, Done, Sum, Piece, Received, Chosen, Squares, Closed, Again, Ping, Rewind, Failed),
     *(Register, Lookup, Numbered, Located),
 )

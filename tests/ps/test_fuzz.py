@@ -61,6 +61,7 @@ MESSAGES: list[tuple[Message, bytes | None]] = [
     (wire.Ready(13, 0, 0), None),
     (wire.Commit(14, 0, 0, b"\0\0\1\0"), None),
     (wire.Clip(15, 0, 0, 0.5), None),
+    (wire.Recall(16, 0), None),
     (wire.Done(0), None),
     (wire.Failed("CommError", "x"), None),
 ]
