@@ -57,12 +57,13 @@ class StepTimes:
         transfers. `hidden_comm_ms`: something was under way, and the worker was not blocked.
         """
         blocked = self._blocked()
-        exposed_s = sum(to - since for since, to in blocked)
+        exposed_s = _length(blocked)
         phases = dict.fromkeys(PHASES, 0.0)
-        for name, since, to in self.spans:
-            phases[name] += to - since - _overlap(blocked, since, to)
-        outside_s = exposed_s - sum(_overlap(blocked, since, to) for _, since, to in self.spans)
-        inside_s = sum(to - since for _, since, to in self.spans)
+        inside_s, outside_s = 0.0, exposed_s
+        for (name, since, to), within_s in zip(self.spans, _overlaps(blocked, self.spans), strict=True):
+            phases[name] += to - since - within_s
+            inside_s += to - since
+            outside_s -= within_s
         flight_s = _length(_union([(t.called_s, t.arrived_s) for t in self.sent]))
         return {
             "step_ms": (self.end_s - self.begin_s) * 1e3,
@@ -170,9 +171,19 @@ def _length(intervals: Sequence[Interval]) -> float:
     return sum(to - since for since, to in intervals)
 
 
-def _overlap(intervals: Sequence[Interval], since: float, to: float) -> float:
-    """How much of disjoint intervals lies within."""
-    return sum(max(0.0, min(to, b) - max(since, a)) for a, b in intervals)
+def _overlaps(blocked: Sequence[Interval], spans: Sequence[tuple[str, float, float]]) -> list[float]:
+    """How much of the intervals lies within each span; both are in order, and neither's touch each other."""
+    found, position = [], 0
+    for _, since, to in spans:
+        within_s = 0.0
+        while position < len(blocked) and blocked[position][0] < to:
+            a, b = blocked[position]
+            within_s += max(0.0, min(to, b) - max(since, a))
+            if b > to:
+                break  # the rest of it may lie in the next one
+            position += 1
+        found.append(within_s)
+    return found
 
 
 def _bytes(meter: Meter) -> dict[str, int]:
