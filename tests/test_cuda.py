@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import dtrain
+import dtrain.comm.solo
+import dtrain.measure
 from dtrain.data import cut
+from dtrain.measure import Stopwatch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,3 +111,31 @@ def test_synchronised_batch_norm_is_torchs(tmp_path):
     for difference, (ours_s, theirs_s) in dtrain.run(against_torchs, str(tmp_path), workers=2, backend="allreduce"):
         assert difference < 1e-4
         print(f"20 layers: {ours_s * 1e3:.1f} ms, torch's {theirs_s * 1e3:.1f} ms")
+
+
+def test_the_meter_reads_the_devices_clock():
+    """Phases are as long as the device took for them, also where the program has long gone on."""
+    device = torch.device("cuda:0")
+    meter = dtrain.measure.metered(dtrain.comm.solo.Solo())
+    watch = Stopwatch(meter, device)
+    x = torch.randn(4096, 4096, device=device)
+    for _ in range(3):  # the first ones make kernels
+        watch.begin()
+        host_s = time.perf_counter()
+        with watch.phase("forward"):
+            for _ in range(20):
+                y = x @ x
+        host_s = time.perf_counter() - host_s
+        with watch.phase("optimizer"):
+            y.add_(1.0)
+        watch.end()
+    record = watch.take()[-1].record()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(20):
+        y = x @ x
+    end.record()
+    torch.cuda.synchronize()
+    assert record["forward_ms"] == pytest.approx(start.elapsed_time(end), rel=0.2)
+    assert record["forward_ms"] > host_s * 1e3
+    assert record["step_ms"] == pytest.approx(record["forward_ms"] + record["optimizer_ms"], rel=0.2)

@@ -52,16 +52,16 @@ class CudaMarks:
     ) -> None:
         """
         Args:
-            event, synchronize: makes an event; waits for the device. Of torch.cuda, but for tests.
+            event, synchronize: sets an event on the device's current stream; waits for the device. Of torch.cuda, but
+                for tests.
         """
-        self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
+        self._device = device
+        self._event = event or self._set_event
         self._synchronize = synchronize or (lambda: torch.cuda.synchronize(device))
         self.anchor()
 
     def now(self) -> Mark:
-        event = self._event()
-        event.record()
-        return event
+        return self._event()
 
     def seconds(self, mark: Mark) -> float:
         return self._anchor_s - float(mark.elapsed_time(self._anchor)) / 1e3
@@ -71,6 +71,11 @@ class CudaMarks:
         self._anchor = self.now()
         self._anchor_s = time.perf_counter()
         self._synchronize()
+
+    def _set_event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def marks_on(device: torch.device) -> Marks:

@@ -168,10 +168,7 @@ class FakeDevice:
 
 class FakeEvent:
     def __init__(self, device: FakeDevice) -> None:
-        self.device = device
-
-    def record(self) -> None:
-        self.at_ms = self.device.now_ms
+        self.at_ms = device.now_ms
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return end.at_ms - self.at_ms
