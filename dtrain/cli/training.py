@@ -56,8 +56,9 @@ class Train(RunSpec, _Run):
     """Number of workers; inside a job, the job's."""
     servers: int = 1
     """For ps: number of servers, which share every large tensor."""
-    lanes: Literal["auto", "off"] = "auto"
-    """For ps: auto sends through shared memory on one host; off through sockets only."""
+    lanes: Annotated[Literal["auto", "off"] | None, arg(help_behavior_hint="")] = None
+    """For ps: auto sends through shared memory on one host; off through sockets only. Default: DTRAIN_LANES, else
+    auto."""
     max_restarts: int = 3
     """With --on-worker-loss wait: how many processes may be started again, in all."""
     devices: Annotated[tuple[str, ...], arg(metavar="DEVICE ...", help_behavior_hint="")] = ()
@@ -179,7 +180,7 @@ class Compare(_Run):
         fields["option"] = fields.pop("options")
         fields |= {"micro_batch": spec.micro_batch, "norm_batch": self.norm_batch, "run_dir": spec.run_dir}
         fields |= {"backend": backend, "workers": workers, "checkpoint_every": "never", "quiet": True}
-        return python_m_dtrain("train", self.recipe, *_flags(fields))
+        return python_m_dtrain("train", self.recipe, *flags(fields))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,20 +234,20 @@ class Launch:
         return launch(command, plan)
 
 
-def _flags(fields: dict[str, Any]) -> list[str]:
+def flags(fields: dict[str, Any]) -> list[str]:
     """A command line from values; None is left out."""
-    flags: list[str] = []
+    words: list[str] = []
     for name, value in fields.items():
         flag = name.replace("_", "-")
         if value is None or value == ():
             continue
         if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(f"--{flag}" if value else f"--no-{flag}")
         elif isinstance(value, tuple):
-            flags += [f"--{flag}", *map(str, value)]
+            words += [f"--{flag}", *map(str, value)]
         else:
-            flags += [f"--{flag}", str(value)]
-    return flags
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 def _new_run_dir(what: str, backend: str) -> str:

@@ -278,8 +278,19 @@ class ParameterServer:
 
     # -- small sums, without a server ---------------------------------------------------------------------------------
 
+    def _share_with_all_or_none(self) -> None:
+        """Leave shared memory with a server that some worker reaches by sockets alone.
+
+        A server sums where the first worker's gradient lies, and that worker goes on when it has the sum; what is still
+        on its way to others would change under them. And parts of sockets are not the parts of shared memory.
+        """
+        seen = collectives.gather_numbers(self, [link.shares for link in self.links], "metric/lanes")
+        for link, by_worker in zip(self.links, zip(*seen, strict=True), strict=True):
+            link.shares = all(by_worker)
+
     def _set_up_board(self) -> None:
         """Share a board with all workers, if they all see the same memory; it goes when the last of them does."""
+        self._share_with_all_or_none()
         made: lanes_.Segment | None = None
         size = board.nbytes(self.world_size)
         wanted = self.shares and board.possible() and self.on_loss != "drop" and self.world_size > 1

@@ -210,6 +210,37 @@ def test_staging_buffers_are_few(own_temporary_directory: Path):
     assert running.ended() is None
 
 
+@pytest.mark.parametrize("numel", [3000, 100_000, 600_000], ids=["a message", "one part", "three parts"])
+@pytest.mark.parametrize("far", [0, 1])
+def test_a_worker_beside_the_server_and_one_beyond_a_network(far: int, numel: int):
+    """Only one of them could share memory with it: then neither does, or the sum of one would change under the other's
+    answer; and both send the same parts."""
+    running = Running("tcp://127.0.0.1:0", 2)
+    workers: dict[int, ParameterServer] = {}
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def work(rank: int) -> None:
+        lanes = "off" if rank == far else "auto"
+        workers[rank] = worker = ParameterServer(running.address, rank, 2, timeout_s=20, lanes=lanes)
+        found[rank] = []
+        for number in range(20):
+            flat = worker.empty(numel, torch.float32, "gradient/0").fill_(rank + number)
+            worker.all_reduce(flat, "gradient/0").wait()
+            found[rank].append(flat.clone())
+            flat.fill_(-1.0)  # as the next backward does, while the other's answer may be under way
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for sums in found.values():
+        assert [torch.equal(s, torch.full_like(s, 2.0 * n + 1)) for n, s in enumerate(sums)] == [True] * 20
+    assert not any(worker.shares for worker in workers.values())
+    work_and_leave([workers[0], workers[1]])
+    assert running.ended() is None
+
+
 def test_credit_bounds_what_is_under_way():
     """A server that takes 4 MiB at once gets 20 MiB all the same."""
     running = Running("tcp://127.0.0.1:0", 2, credit_bytes=4 * 2**20)
