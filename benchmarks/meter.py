@@ -8,8 +8,9 @@ phases timed and all workers' times exchanged every ten steps, as the Trainer do
 ten steps for the loss. They take turns; a ratio is the median over the turns of metered over plain.
 
 Truth: of the metered steps, the time that gradients were under way is compared with what torch's profiler saw of the
-same transfers (`gloo:all_reduce`); and the times of forward, backward and communication with what DistributedDataParallel
-logs of its own steps with the same model, batch and bucket size, which take turns with the metered ones.
+same transfers (`gloo:all_reduce`); and the times of forward, backward and communication with what
+DistributedDataParallel logs of its own steps with the same model, batch and bucket size, which take turns with the
+metered ones.
 """
 
 from __future__ import annotations

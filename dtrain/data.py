@@ -268,22 +268,22 @@ class _Shares(IterableDataset[Any]):
 
 def empty(batch: Any) -> Any:
     """The batch without its samples: tensors of first dimension 0."""
-    return _map_tensors(lambda tensor: tensor[:0], batch)
+    return map_tensors(lambda tensor: tensor[:0], batch)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device."""
-    return _map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
-def _map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
     """The batch with each of its tensors changed; what else is in it stays."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, dict):
-        return {key: _map_tensors(change, value) for key, value in batch.items()}
+        return {key: map_tensors(change, value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_map_tensors(change, value) for value in batch))
+        return type(batch)(*(map_tensors(change, value) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_map_tensors(change, value) for value in batch)
+        return type(batch)(map_tensors(change, value) for value in batch)
     return batch

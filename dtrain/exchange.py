@@ -100,6 +100,10 @@ class Exchange:
         if self._primary:
             self._keep_on_first()
 
+    def message_buffers(self) -> list[Tensor]:
+        """The flat tensors of all buckets."""
+        return [message.flat for message in self._messages if isinstance(message, Bucket)]
+
     def total_share(self) -> float:
         """The shares of all workers together, of the last backward."""
         return float(self._flags[-1])

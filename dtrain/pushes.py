@@ -199,6 +199,10 @@ class Pushes:
         """What each server keeps."""
         return self._host.table()
 
+    def message_buffers(self) -> list[torch.Tensor]:
+        """The flat tensors of all buckets."""
+        return [bucket.flat for bucket in self._buckets]
+
     def forget(self) -> None:
         """The servers know nothing of these parameters any more: `lay_out` hands them over anew."""
         self._hosted = None

@@ -190,6 +190,10 @@ class Replica:
         become the servers', after theirs; what became of this worker's step is returned. Else nothing."""
         return self._exchange.publish()
 
+    def message_buffers(self) -> list[Tensor]:
+        """The buckets in which gradients travel, as flat tensors: memory that stays from step to step."""
+        return self._exchange.message_buffers()
+
     def nonfinite(self) -> list[str]:
         """Where gradients were NaN or infinite in the last backward, in words, by worker; the same on all workers.
 

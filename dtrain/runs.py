@@ -25,13 +25,13 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from dtrain import checkpoint, env, recipes
+from dtrain import checkpoint, env, live, recipes
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.config import TrainConfig
 from dtrain.data import Loader, to_device
 from dtrain.errors import DataError, UsageError
-from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Progress, Prometheus, TensorBoard, finite
+from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Prometheus, TensorBoard, finite
 from dtrain.measure import summarise
 from dtrain.recipes import Recipe
 from dtrain.timeline import StepLog, Trace
@@ -124,6 +124,8 @@ class RunSpec(Task):
     and on to the same bits. drop (ps, --update server): the job goes on without it."""
     resume: bool = False
     """Go on from the newest checkpoint in --run-dir."""
+    live: bool = False
+    """Show the run as it happens, on a terminal: loss, speed, where a step's time goes, and who is late."""
     tensorboard: bool = False
     """Write scalars for TensorBoard into the run directory."""
     metrics_port: Annotated[int | None, arg(metavar="PORT", help_behavior_hint="")] = None
@@ -258,6 +260,8 @@ def check(spec: RunSpec, workers: int) -> None:
     """
     check_place(spec)
     _named_device(spec)
+    if spec.live and sys.stderr.isatty():
+        live.check_rich()
     if spec.checkpoint_every != "never":
         _every_steps(spec.checkpoint_every)
     recipe = spec.build()
@@ -398,8 +402,8 @@ def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, f
     hooks: list[Hook] = []
     if recipe.test is not None:
         hooks.append(Evaluate(recipe.test, recipe.score, finish=recipe.finish, device=device))
-    if spec.progress:
-        hooks.append(Progress(f"{spec.recipe} {comm.name} x{comm.world_size}"))
+    label = f"{spec.recipe} {comm.name} x{comm.world_size}"
+    hooks += live.view(label, live=spec.live, progress=spec.progress)
     if spec.metrics_port is not None:
         hooks.append(Prometheus(spec.metrics_port))
     if folder is not None:

@@ -33,7 +33,7 @@ def test_sync_measures_every_transport_beside_gloo(tmp_path: Path) -> None:
         assert ((1024, name) in measured) != (f"absent: {name}: " in done.stdout)
 
 
-@pytest.mark.parametrize("script", ["step.py", "sync.py", "norm.py", "norm_batch.py"])
+@pytest.mark.parametrize("script", ["step.py", "sync.py", "norm.py", "norm_batch.py", "memory.py", "hosts.py"])
 def test_help(script: str) -> None:
     done = run(SCRIPTS / script, "--help")
     assert done.returncode == 0, done.stderr
@@ -71,3 +71,13 @@ def test_norm_batch_trains_by_norm_batch_and_where_the_average_lags(tmp_path: Pa
     assert [row["epoch"] for row in late] == [1, 2]
     assert late[0]["precise"] < late[0]["running"]
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_memory_measures_what_it_predicts() -> None:
+    predicted, found = (
+        json.loads(run(SCRIPTS / "memory.py", "--child", kind, json.dumps(["digits", {}, samples])).stdout)
+        for kind, samples in (("predict", [64]), ("measure", 64))
+    )
+    for part in ("parameters_bytes", "gradients_bytes", "optimizer_bytes", "buckets_bytes"):
+        assert found[part] == predicted[0][part]
+    assert found["growth_bytes"] > 0.3 * predicted[0]["activations_bytes"]

@@ -25,6 +25,10 @@ FLAGS = {
         *("--nonfinite", "--on-worker-loss", "--max-restarts"),
     ],
     "compare": ["--backends", "--workers", "--global-batch", "--dtype", "--json", "--norm-batch"],
+    "plan": [
+        *("--workers", "--backends", "--servers", "--batches", "--hardware", "--link-rate", "--latency-us", "--place"),
+        *("--profile", "--save-profile", "--run", "--verify", "--json", "--global-batch", "--norm-batch", "--update"),
+    ],
     "launch": [
         *("--workers", "-n", "--backend", "--servers", "--timeout-s", "--threads", "--on-worker-loss"),
         "--max-restarts",

@@ -15,11 +15,12 @@ import pytest
 FLOORS = [
     {"__main__"},
     {"cli", "examples"},
+    {"scoring"},
     {"plan"},
-    {"compare", "doctor", "probe"},  # what the commands do
+    {"compare", "doctor", "probe", "room"},  # what the commands do
     {"__init__"},  # the front door: what `import dtrain` offers
-    {"runs"},
-    {"trainer", "timeline"},
+    {"runs", "links"},
+    {"trainer", "timeline", "live"},
     {"hooks"},
     {"evaluate", "snapshot"},
     {"replica", "jobs", "launcher"},

@@ -12,6 +12,8 @@ import tyro
 
 from dtrain import __version__, env
 from dtrain.cli.doctor import Doctor
+from dtrain.cli.planning import PlanCommand
+from dtrain.cli.reporting import Report
 from dtrain.cli.serving import KeysCommand, SchedulerCommand, ServerCommand
 from dtrain.cli.training import Compare, Launch, Train
 from dtrain.errors import DtrainError, UsageError
@@ -23,6 +25,8 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
         Compare,
         "train a recipe over several backends, and compare weights, speed and communication",
     ),
+    "report": (Report, "show where the time of a run went, and compare runs, as one HTML page"),
+    "plan": (PlanCommand, "predict step time and samples per second for other workers, servers, batches and links"),
     "launch": (Launch, "run a script of your own as n workers on this host"),
     "server": (ServerCommand, "run the parameter server by hand"),
     "scheduler": (SchedulerCommand, "tell several servers and their workers of each other"),

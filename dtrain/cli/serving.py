@@ -17,8 +17,8 @@ from dtrain import env
 from dtrain.errors import DtrainError, UsageError
 from dtrain.processes import end_with_launcher, give_up, leave_word
 from dtrain.ps import keys
-from dtrain.ps.members import Terms
 from dtrain.ps import metrics as figures
+from dtrain.ps.members import Terms
 from dtrain.ps.scheduler import Scheduler, register
 from dtrain.ps.server import Server
 from dtrain.serving import bind_towards, leave_address, seen_from

@@ -64,8 +64,7 @@ class Chosen:
         for kept in self._steps.values():
             if not kept.servers:
                 kept.servers = [
-                    [s for s in spans if kept.step.begin_s <= s.last_s <= kept.step.end_s]
-                    for spans in servers
+                    [s for s in spans if kept.step.begin_s <= s.last_s <= kept.step.end_s] for spans in servers
                 ]
 
     @property
