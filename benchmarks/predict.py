@@ -28,7 +28,7 @@ from pathlib import Path
 import common
 from hosts import Outcome, available, hosts, job
 
-from dtrain.measure.hardware import Link
+from dtrain.measure.hardware import UNEVEN, Link
 from dtrain.measure.predict import Prediction, Setting, predict
 from dtrain.measure.profile import Line, Profile, load
 from dtrain.probe import probe
@@ -99,7 +99,7 @@ def emulated(profile: Profile, workers: int) -> Profile:
 
 
 def foreseen(profile: Profile, case: Case, backend: str, workers: int, servers: int, bytes_per_s: float) -> Prediction:
-    link = Link(name=case.rate, alpha_s=ALPHA_S, bytes_per_s=bytes_per_s, scatter=0.05, source="tc tbf")
+    link = Link(name=case.rate, alpha_s=ALPHA_S, bytes_per_s=bytes_per_s, uneven=UNEVEN, scatter=0.05, source="tc tbf")
     setting = Setting(
         backend=backend,  # type: ignore[arg-type]
         workers=workers,

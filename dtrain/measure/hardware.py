@@ -33,6 +33,10 @@ class Link:
     """What a byte costs the processors."""
     scatter: float = 0.05
     """Half the width of the middle 80 % of the time of a transfer, as a part of it; of a given link a guess."""
+    uneven: float = 0.0
+    """How unevenly several such links share one that they all go to, see `Wiring`. Connections of TCP do so for about
+    as long as a step takes: of four into one port, over 0.7 s the fastest had 43 to 74 % and the slowest 5 to 9 %, over
+    1.4 s 29 to 38 and 20 % (`throughput` of benchmarks/hosts.py)."""
     shared: bool = False
     """One path for all workers, as on one host."""
     source: str = ""
@@ -46,13 +50,21 @@ class Link:
             )
 
 
+UNEVEN = 0.5
+"""Of TCP: between a share for each and a stick broken at random, see `Link.uneven`."""
+
 _FRAMING = 1448 / 1538
 """Payload of a full TCP segment (MTU 1500, time stamps) over what it takes on the wire with preamble and gap."""
 
 
 def _ethernet(gbit: float, alpha_s: float, source: str) -> Link:
     return Link(
-        name=f"{gbit:g}gbit", alpha_s=alpha_s, bytes_per_s=gbit * 1e9 / 8 * _FRAMING, scatter=0.1, source=source
+        name=f"{gbit:g}gbit",
+        alpha_s=alpha_s,
+        bytes_per_s=gbit * 1e9 / 8 * _FRAMING,
+        uneven=UNEVEN,
+        scatter=0.1,
+        source=source,
     )
 
 

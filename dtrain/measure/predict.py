@@ -181,6 +181,7 @@ def wiring_of(profile: Profile, setting: Setting) -> Wiring:
         core_s_per_byte=_core_s_per_byte(profile, setting, link),
         cores=profile.cores,
         threads=_threads(profile, setting),
+        uneven=link.uneven,
         part_bytes=max(2**20, math.ceil(biggest / _MOST_PARTS)),
         update_on_servers=setting.update == "server" and setting.backend == "ps",
         lateness=profile.scatter * expected_maximum(setting.workers),

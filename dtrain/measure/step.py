@@ -108,6 +108,8 @@ class Wiring:
     """Rate at which a server adds what has come."""
     update_on_servers: bool = False
     """The servers make the optimizer's step, each its share."""
+    uneven: float = 0.0
+    """How unevenly the links of workers share a server's: 0 alike, 1 as a stick broken at random places."""
     lateness: float = 0.0
     """How much later than a typical worker the slowest one is, as part of its computing time: all wait for it."""
 
@@ -198,6 +200,25 @@ class _Step:
         self._computed_s = 0.0
         self._late_s = 0.0
         self._build()
+        if wiring.backend == "ps" and wiring.place != "host" and wiring.uneven:
+            self._await_slowest()
+
+    def _await_slowest(self) -> None:
+        """A part is added up when the slowest worker's has come: by then the others' next parts are there as well.
+
+        All bytes take the same time in all; but of what has to pass before the first part is complete there is more,
+        and answers begin later.
+        """
+        up = [job for job in self.jobs if job.lane == "gradient up"]
+        shared = [name for name in ("server in", "in") if up and name in up[0].uses]
+        total = sum(job.uses[name] for name in shared for job in up)
+        before = passed = 0.0
+        for job in up:
+            for name in shared:
+                before += job.uses[name] / total
+                until = slowest_arrival(self._wiring.workers, self._wiring.uneven, before)
+                job.uses = {**job.uses, name: total * (until - passed)}
+                passed = until
 
     def _build(self) -> None:
         work = self._work
@@ -312,6 +333,30 @@ def ring_hops(wiring: Wiring, nbytes: float, alpha_s: float) -> list[_Hop]:
     else:
         uses = dict.fromkeys(("out", "in"), 2 * (n - 1) / n * nbytes) | {"cores": cost / n}
     return [_Hop("ring", uses, blocks_s=2 * (n - 1) * alpha_s)]
+
+
+def slowest_arrival(workers: int, uneven: float, part: float) -> float:
+    """When the slowest of `workers` equal transfers into one link has that part of its bytes, as a part of the time
+    in which all of them are there.
+
+    Each has a share of the link as long as it lasts; the shares are those of a stick broken at random places (the mean
+    of the i-th smallest of n pieces is 1/n (1/n + ... + 1/(n-i+1)); David and Nagaraja 2003, section 6.4), or all
+    alike, or in between. When one is over, the others have its share.
+    """
+    stick = [sum(1 / (workers - j) for j in range(i + 1)) / workers for i in range(workers)]
+    shares = [(1 - uneven) / workers + uneven * piece for piece in stick]
+    left = [1.0] * workers  # of each, the slowest first
+    now = 0.0
+    for last in reversed(range(workers)):
+        active = sum(shares[: last + 1])
+        rates = [share / active * workers for share in shares[: last + 1]]
+        wanted = (part - (1.0 - left[0])) / rates[0]
+        ends = left[last] / rates[last]
+        if wanted <= ends or last == 0:
+            return now + max(0.0, wanted)
+        now += ends
+        left = [max(0.0, have - rate * ends) for have, rate in zip(left, rates, strict=False)]
+    return now
 
 
 def _overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:

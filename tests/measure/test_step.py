@@ -18,6 +18,7 @@ from dtrain.measure.step import (
     beside_s,
     boxes,
     ring_s,
+    slowest_arrival,
 )
 
 SIZES = st.floats(1e3, 1e8)
@@ -228,3 +229,30 @@ def test_buckets_that_cannot_be(nbytes: float, ready: float):
 def test_a_job_without_workers_cannot_be():
     with pytest.raises(ValueError, match="at least one"):
         Wiring(backend="ps", workers=0)
+
+
+@given(st.integers(1, 12), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_the_slowest_of_uneven_transfers_ends_with_all_of_them(workers, uneven, part, more):
+    """Alike: each part comes in its turn. Uneven: the slowest's parts come later, and the last one at the same time."""
+    low, high = sorted((part, more))
+    early, late = (slowest_arrival(workers, uneven, p) for p in (low, high))
+    assert early <= late + 1e-9
+    assert slowest_arrival(workers, 0.0, part) == pytest.approx(part)
+    assert early >= low - 1e-9
+    assert slowest_arrival(workers, uneven, 1.0) == pytest.approx(1.0)
+
+
+def test_the_slowest_of_two_by_hand():
+    """Shares of 1/4 and 3/4: the fast one ends at 2/3 of the time, and the slow one has a third by then."""
+    assert slowest_arrival(2, 1.0, 1 / 3) == pytest.approx(2 / 3)
+    assert slowest_arrival(2, 1.0, 2 / 3) == pytest.approx(5 / 6)
+
+
+@given(st.integers(2, 8), st.integers(1, 8), st.floats(0, 1), st.floats(0, 1))
+def test_uneven_links_are_never_faster(workers, servers, uneven, less):
+    """Answers begin later, and what has to pass is the same."""
+    work = Work(forward_s=0.01, backward_s=0.02, buckets=(Bucket(nbytes=3e6, ready=0.4), Bucket(nbytes=5e6, ready=1.0)))
+    wiring = Wiring(backend="ps", workers=workers, servers=servers, bytes_per_s=1e7)
+    even, some, more = (boxes(work, replace(wiring, uneven=u)).step_ms for u in (0.0, uneven * less, uneven))
+    assert even <= some * (1 + 1e-9)
+    assert some <= more * (1 + 1e-9)
