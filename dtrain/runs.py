@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from dtrain import checkpoint, env, live, recipes
+from dtrain import checkpoint, env, live, norm, recipes
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.config import TrainConfig
@@ -33,6 +33,7 @@ from dtrain.data import Loader, to_device
 from dtrain.errors import DataError, UsageError
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Prometheus, TensorBoard, finite
 from dtrain.measure import summarise
+from dtrain.measure.memory import peak_bytes
 from dtrain.recipes import Recipe
 from dtrain.timeline import StepLog, Trace
 from dtrain.trainer import Trainer, norm_sharing
@@ -102,6 +103,9 @@ class RunSpec(Task):
     precise_batches: int = 0
     """Before each evaluation and checkpoint, compute the running batch-norm statistics again over so many micro-batches
     of each worker, with the weights as they are. 0: leave them as training has averaged them."""
+    diagnose_batches: int = 0
+    """At the end, look at the batch-norm layers on so many micro-batches of each worker, and write diagnosis.json,
+    which `dtrain report` shows. 0: do not."""
     run_dir: _Place = None
     """Where the run's files go. Default: runs/RECIPE-BACKEND-TIME."""
     checkpoint_every: str = "epoch"
@@ -218,6 +222,11 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     if trainer.config.joint or trainer.config.update == "server":
         trainer.replica.check()
     summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
+    if spec.diagnose_batches and folder is not None:
+        batches = _some_batches(trainer.data, state.epoch, spec.diagnose_batches, device)
+        diagnosis = norm.diagnose(trainer.model, batches, comm=trainer.comm, forward=recipe.loss)
+        if comm.rank == 0:
+            _write(folder / "diagnosis.json", dataclasses.asdict(diagnosis))
     if comm.rank == 0 and folder is not None:
         checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
         _write(folder / "summary.json", summary)
@@ -388,14 +397,20 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
 
 
 def _precise(spec: RunSpec, recipe: Recipe, loader: Loader, device: torch.device) -> list[Hook]:
-    if spec.precise_batches < 0:
-        raise UsageError(f"precise_batches is {spec.precise_batches}: give 0 or more")
+    for name in ("precise_batches", "diagnose_batches"):
+        if getattr(spec, name) < 0:
+            raise UsageError(f"{name} is {getattr(spec, name)}: give 0 or more")
 
     def batches(epoch: int) -> Iterator[Any]:
-        for batch, _ in itertools.islice(loader.batches(epoch), spec.precise_batches):
-            yield to_device(batch, device)
+        return _some_batches(loader, epoch, spec.precise_batches, device)
 
     return [Precise(batches, forward=recipe.loss)] if spec.precise_batches else []
+
+
+def _some_batches(loader: Loader, epoch: int, count: int, device: torch.device) -> Iterator[Any]:
+    """This worker's first micro-batches of an epoch."""
+    for batch, _ in itertools.islice(loader.batches(epoch), count):
+        yield to_device(batch, device)
 
 
 def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, folder: Path | None) -> list[Hook]:
@@ -471,6 +486,7 @@ def _asked_for(spec: RunSpec, trainer: Trainer, recipe: Recipe, device: torch.de
         "buffers": [name for name, _ in trainer.model.named_buffers()],
         "backend": comm.name,
         "workers": comm.world_size,
+        "servers": len(getattr(trainer.comm.inner, "addresses", ())),
         "device": str(device),
         "versions": {
             "dtrain": version("dtrain"),
@@ -503,6 +519,7 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, sa
         **recipe.notes,
         **_first_device(trainer, workers),
         **_servers(trainer),
+        "memory": {**trainer.memory, "peak_bytes": peak_bytes(trainer.device)},
         "late": [dataclasses.asdict(late) for late in state.late] if trainer.config.joint else [],
         "per_worker": workers,
     }

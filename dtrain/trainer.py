@@ -25,6 +25,7 @@ from dtrain.data import Loader, Micro, Step, to_device
 from dtrain.errors import DataError, Preempted, Rewound, UsageError
 from dtrain.hooks import Hook, State
 from dtrain.measure import Chosen, Ledger, Offset, StepTimes, Stopwatch, mean, metered, offset_to_first
+from dtrain.measure.memory import measured
 from dtrain.norm.merge import merge_statistics
 from dtrain.replica import replicate
 from dtrain.snapshot import gather_own, restore_own
@@ -98,12 +99,15 @@ class Trainer:
         """Times and bytes of this worker's latest steps, see `dtrain.measure.StepTimes.record`."""
         self.step_s = 0.0
         """Seconds that all steps took here."""
+        self.memory: dict[str, int] = {}
+        """Bytes by what they are for, when the second step had its gradients, see `dtrain.measure.memory.measured`."""
         self._loss = loss
         self.data = data
         self._hooks = list(hooks)
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.amp == "fp16")
-        self._watch = Stopwatch(self.comm, self._device)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        """Where the model is."""
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self._watch = Stopwatch(self.comm, self.device)
         self._ledger = Ledger(self.comm.rank, self.comm.world_size)
         self._chosen = Chosen()
         self._started_s = time.perf_counter()
@@ -111,7 +115,7 @@ class Trainer:
         self._asked_to_stop = self._stopping = False
         self._begun = False  # whether this process has made a step
         self._ahead = 0  # steps made before this worker's count of the servers' begins
-        self._lost = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss times samples, samples
+        self._lost = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss times samples, samples
         self.state = State(
             model=self.model, comm=self.comm, steps=self._total_steps(), snapshot=self._snapshot, share=data.share
         )
@@ -314,17 +318,19 @@ class Trainer:
 
     def _forward(self, micro: Micro) -> Tensor:
         with self._watch.phase("forward"):
-            batch = to_device(micro.batch, self._device)
+            batch = to_device(micro.batch, self.device)
             with self._autocast():
                 return self._loss(self.model, batch)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.config.amp == "off":
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=_AMP[self.config.amp])
+        return torch.autocast(self.device.type, dtype=_AMP[self.config.amp])
 
     def _update(self) -> None:
         """Clip the global gradient and step; every worker has the same one, so every worker does the same."""
+        if self.state.step > 0 and not self.memory:  # the optimizer has made its state by now
+            self.memory = measured(self.model, self.optimizer, self.replica)
         if self.replica.pushes is not None:
             self.replica.publish()
             if self.scheduler is not None:

@@ -151,6 +151,35 @@ def test_the_summary_has_the_figures(left: tuple[Path, dict[str, Any]]) -> None:
     assert "device0_extra_memory_bytes" not in summary
 
 
+def test_the_summary_says_what_memory_is_for(left: tuple[Path, dict[str, Any]]) -> None:
+    """Momentum is as large as the parameters, gradients too; the process has had at least all of it."""
+    memory = left[1]["memory"]
+    parameters = sum(p.numel() * 4 for p in SMALL.build().model.parameters())
+    assert (memory["parameters_bytes"], memory["optimizer_bytes"]) == (parameters, parameters)
+    assert memory["gradients_bytes"] == parameters
+    assert memory["peak_bytes"] > sum(n for name, n in memory.items() if name != "peak_bytes")
+
+
+def test_who_was_late_is_told_for_each_worker(left: tuple[Path, dict[str, Any]]) -> None:
+    """All of what was waited is somebody's fault."""
+    late = left[1]["late"]
+    assert len(late) == 2
+    assert all(worker["cost_s"] >= 0 for worker in late)
+    assert sum(worker["steps"] for worker in late) <= left[1]["steps"]
+    config = strict((left[0] / "config.json").read_text())
+    assert config["servers"] == 0
+
+
+def test_a_run_can_look_at_its_batch_norm(tmp_path: Path) -> None:
+    """diagnosis.json has every layer; without a run directory nothing is looked at."""
+    run(dataclasses.replace(SMALL, steps=4, run_dir=str(tmp_path / "run"), diagnose_batches=3))
+    diagnosis = strict((tmp_path / "run" / "diagnosis.json").read_text())
+    layers = [m for m in SMALL.build().model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(diagnosis["layers"]) == len(layers)
+    with pytest.raises(UsageError, match="diagnose_batches is -1"):
+        run(dataclasses.replace(SMALL, steps=4, diagnose_batches=-1))
+
+
 def test_speed_counts_the_samples_that_there_were(tmp_path: Path) -> None:
     """Not a whole global batch for a ragged one; over the time of the steps, without evaluation and saving."""
     summary = run(dataclasses.replace(SMALL, log_every=1, run_dir=str(tmp_path)))
