@@ -1,6 +1,6 @@
 """What the meter costs, and whether it tells the truth: against steps without it, and against torch's own instruments.
 
-    python benchmarks/meter.py                     all cases, some minutes
+    python benchmarks/meter.py                     all cases, ten minutes
     python benchmarks/meter.py --quick --json F    half a minute
 
 Cost: two copies of a model are trained in the same processes, one by a plain backend and one by a metered one, with
@@ -55,7 +55,7 @@ class Case:
 
 
 CASES = [
-    Case("resnet18, batch 32", {"model": "resnet", "image": "64"}, 32, 8, EXCHANGE, 1.01),
+    Case("resnet18, batch 32", {"model": "resnet", "image": "64"}, 32, 6, EXCHANGE, 1.01),
     Case("mlp of a 5 ms step", {"model": "mlp", "hidden": "256"}, 64, 30, 2 * EXCHANGE, 1.03),
 ]
 QUICK = [Case("mlp of a 5 ms step", {"model": "mlp", "hidden": "256"}, 64, 6, EXCHANGE, 1.03)]
@@ -200,7 +200,7 @@ def logged(comm: dtrain.Backend, case: Case, folder: str) -> dict[str, tuple[flo
 def main() -> None:
     flags = common.parser(__doc__ or "")
     flags.add_argument("--workers", type=int, default=2)
-    flags.add_argument("--repeats", type=int, help="times in new processes (default 4, with --quick 1)")
+    flags.add_argument("--repeats", type=int, help="times in new processes (default 2, with --quick 1)")
     arguments = flags.parse_args()
     cases = QUICK if arguments.quick else CASES
     run = functools.partial(dtrain.run, workers=arguments.workers)
@@ -224,7 +224,7 @@ def main() -> None:
 def _cost_row(
     case: Case, backend: str, arguments: argparse.Namespace, run: Callable[..., list[common.Times]]
 ) -> common.Row:
-    repeats = arguments.repeats or (1 if arguments.quick else 4)
+    repeats = arguments.repeats or (1 if arguments.quick else 2)
     times = common.join([run(cost, case, repeat, backend=backend)[0] for repeat in range(repeats)])
     return {**common.ratio_row(f"{case.name}, {backend}", "metered", "plain", times), "goal": case.goal}
 

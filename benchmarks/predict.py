@@ -13,6 +13,8 @@ the time the busiest one was full.
 `error` is (predicted - measured) / measured of the typical step, the mean of all workers' (each of the middle half of
 its steps). `within` says whether the measured time lies in the predicted interval. The bound is that of the bytes on
 the busiest link: 2(n-1)/n M/B for a ring, max(1, n/k) M/B for k servers apart (Jiang et al. 2020, section 3.1).
+`stolen` is what other virtual machines took of the processors: above 3 % links do not keep their rate, and the case is
+measured again, at most twice.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-from hosts import Outcome, available, hosts, job
+from hosts import Hosts, Outcome, available, hosts, job
 
 from dtrain.measure.hardware import UNEVEN, Link
 from dtrain.measure.predict import Prediction, Setting, predict
@@ -56,6 +58,10 @@ CASES = [
     Case("lstm 1.6 M", ("model=lstm", "hidden=256"), 4, "100mbit"),
     Case("transformer 0.9 M", ("model=transformer", "hidden=128", "layers=4"), 4, "50mbit"),
 ]
+TRIES = 3
+STOLEN = 0.03
+"""Of the processors' time, what other virtual machines took: above it, links do not keep their rate (`hosts.py`), and a
+case is measured again, up to `TRIES` times. The least disturbed one counts."""
 WIRINGS = [("allreduce", 1), ("ps", 1), ("ps", 2), ("ps", 4)]
 ALPHA_S = 100e-6
 """Latency of a message over the bridge of emulated hosts, through the kernel and a busy scheduler; a guess that hardly
@@ -150,20 +156,39 @@ def measure(case: Case, profile: Profile, workers: int, wirings: list[tuple[str,
     rows = []
     with hosts(workers + max(servers for _, servers in wirings), rate=case.rate) as h:
         for backend, servers in wirings:
-            how = ["--global-batch", str(case.batch * workers), "--steps", str(case.steps), "--log-every", "4"]
-            command = ["train", "synthetic", "--option", *case.options, *how, "--checkpoint-every", "never"]
-            with tempfile.TemporaryDirectory() as folder:
-                place = {"backend": backend, "workers": workers, "servers": servers}
-                found = job(h, command, **place, run_dir=Path(folder) / "run", timeout_s=600.0)
-                prediction = foreseen(profile, case, backend, workers, servers, h.rate_bytes_per_s)
-                rows.append(row_of(case, backend, workers, servers, prediction, found))
+            prediction = foreseen(profile, case, backend, workers, servers, h.rate_bytes_per_s)
+            tries = []
+            while len(tries) < TRIES and (not tries or tries[-1]["stolen"] > STOLEN):
+                with tempfile.TemporaryDirectory() as folder:
+                    found = trained(h, case, backend, workers, servers, Path(folder) / "run")
+                    tries.append(row_of(case, backend, workers, servers, prediction, found))
+            rows.append({**min(tries, key=lambda row: row["stolen"]), "tries": len(tries)})
             print(show(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
 
+def trained(h: Hosts, case: Case, backend: str, workers: int, servers: int, run_dir: Path) -> Outcome:
+    """A run on the emulated hosts."""
+    how = ["--global-batch", str(case.batch * workers), "--steps", str(case.steps), "--log-every", "4"]
+    command = ["train", "synthetic", "--option", *case.options, *how, "--checkpoint-every", "never"]
+    return job(h, command, backend=backend, workers=workers, servers=servers, run_dir=run_dir, timeout_s=600.0)
+
+
 def show(rows: list[common.Row]) -> str:
     """The rows as a table."""
-    head = ["case", "over", "n", "MB", "predicted ms", "interval", "measured ms", "error", "within", "bound ms"]
+    head = [
+        "case",
+        "over",
+        "n",
+        "MB",
+        "predicted ms",
+        "interval",
+        "measured ms",
+        "error",
+        "within",
+        "bound ms",
+        "stolen",
+    ]
     cells = [
         [
             row["case"],
@@ -176,6 +201,7 @@ def show(rows: list[common.Row]) -> str:
             f"{row['error']:+.1%}",
             "yes" if row["within"] else "no",
             f"{row['bound_ms']:.0f}",
+            f"{row['stolen']:.0%}",
         ]
         for row in rows
     ]
