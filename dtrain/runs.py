@@ -422,11 +422,12 @@ def _hooks(spec: RunSpec, recipe: Recipe, comm: Backend, device: torch.device, f
     if spec.metrics_port is not None:
         hooks.append(Prometheus(spec.metrics_port))
     if folder is not None:
-        hooks += [JsonLog(folder / "metrics.jsonl"), StepLog(folder / "steps.jsonl"), Trace(folder / "trace.json")]
+        hooks += [JsonLog(folder / "metrics.jsonl"), StepLog(folder / "steps.jsonl")]
         if spec.tensorboard:
             hooks.append(TensorBoard(folder / "tensorboard"))
         if spec.checkpoint_every != "never":
             hooks.append(Checkpoint(folder / "checkpoints", every_steps=_every_steps(spec.checkpoint_every)))
+        hooks.append(Trace(folder / "trace.json"))  # after what matters more
     elif spec.tensorboard:
         raise UsageError("--tensorboard needs --run-dir, where its files go")
     return hooks

@@ -20,11 +20,16 @@ class StepLog(Hook):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: TextIO | None = None
+        self._before_s = 0.0
 
     def on_start(self, state: State) -> None:
         if state.first:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("".join(lines_to_step(self._path, state.step)), encoding="utf-8")
+            kept = lines_to_step(self._path, state.step)
+            self._path.write_text("".join(kept), encoding="utf-8")
+            if self._file is None and kept:  # another process wrote them, whose time began at another moment
+                last = json.loads(kept[-1])
+                self._before_s = last.get("start_s", 0.0) + last.get("step_ms", 0.0) / 1e3
             self._file = self._path.open("a", encoding="utf-8")
 
     def on_step(self, state: State) -> None:
@@ -33,7 +38,7 @@ class StepLog(Hook):
         for everyone in state.fresh:
             for record in everyone:
                 if int(record["step"]) % _every(int(record["step"])) == 0:
-                    self._file.write(json.dumps(finite(_short(record)), allow_nan=False) + "\n")
+                    self._file.write(json.dumps(finite(_short(record, self._before_s)), allow_nan=False) + "\n")
         self._file.flush()
 
     def on_end(self, state: State) -> None:
@@ -54,13 +59,19 @@ class Trace(Hook):
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def on_start(self, state: State) -> None:
+        if state.first:
+            self._path.unlink(missing_ok=True)  # of another run
+
     def on_end(self, state: State) -> None:
         mine, notable = state.events()
         everyone = collectives.gather_bytes(state.comm, json.dumps(mine).encode(), "metric/trace")
         if state.first:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             events = [json.loads(data) for data in everyone if data]
-            self._path.write_text(document(events, notable), encoding="utf-8")
+            part = self._path.with_suffix(".part")
+            part.write_text(document(events, notable), encoding="utf-8")
+            part.replace(self._path)
 
 
 def _every(step: int) -> int:
@@ -71,6 +82,7 @@ def _every(step: int) -> int:
     return every
 
 
-def _short(record: dict[str, float]) -> dict[str, float]:
-    """Times to the microsecond; whole numbers without a point."""
+def _short(record: dict[str, float], before_s: float) -> dict[str, float]:
+    """Times to the microsecond, on the clock of the whole run; whole numbers without a point."""
+    record = {**record, "start_s": record["start_s"] + before_s}
     return {k: int(v) if float(v).is_integer() else round(v, 6 if k.endswith("_s") else 4) for k, v in record.items()}

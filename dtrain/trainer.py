@@ -35,9 +35,6 @@ log = logging.getLogger(__name__)
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss over the samples of the batch."""
 
-_MOST_UNTOLD = 200
-"""Steps after which workers tell each other of their times, where there is no record before."""
-
 _MOST_RECORDS = 10_000
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -407,7 +404,7 @@ class Trainer:
         self._watch.end(self.state.step)
         self.state.record, self.state.fresh = None, []
         due = self._is_recorded(self.state.step)
-        if due or len(self._watch) >= _MOST_UNTOLD:
+        if due or len(self._watch) >= self._ledger.most_steps:
             mine = self._tell_times(with_loss=due)
             if due:
                 rate = self.optimizer.param_groups[0]["lr"]
@@ -445,7 +442,8 @@ class Trainer:
                 record["step"] = times.number
                 if not self.config.joint:
                     record["worker"] = self.comm.rank
-                    del record["wait_ms"], record["transfer_ms"]  # of which it knows nothing
+                    record.pop("wait_ms", None)  # of which it knows nothing
+                    record.pop("transfer_ms", None)
             mine += [record for record in everyone if record["worker"] == self.comm.rank]
             chosen |= self._chosen.see(times, max(record["step_ms"] for record in everyone))
         if chosen and self.comm.rank == 0 and isinstance(self.comm.inner, TellsSpans):
@@ -459,8 +457,9 @@ class Trainer:
         self._watch.take()
         offset = offset_to_first(self.comm) if self.config.joint else Offset()
         rank, world_size = (self.comm.rank, self.comm.world_size) if self.config.joint else (0, 1)
-        self._ledger = Ledger(rank, world_size, offset)
-        self.state.late = self._ledger.late
+        self._ledger = Ledger(rank, world_size, offset, before=self._ledger)
+        self._chosen = Chosen()
+        self.state.late = self._ledger.late if self.config.joint else []
         self.state.events = lambda: (self._chosen.events(self.comm.rank, offset.seconds), self._chosen.notable)
 
     # -- the course of a run ------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dtrain
 from dtrain.comm.solo import Solo
 from dtrain.hooks import Evaluate, Hook, Prometheus, State
 from dtrain.measure.stopwatch import Sent, StepTimes
-from dtrain.measure.trace import SERVERS, Chosen, document, events_of
+from dtrain.measure.trace import Chosen, document, events_of
 from dtrain.timeline import StepLog, Trace, _every
 from tests.small import Job, Points, square_sums, trainer_of
 
@@ -80,7 +81,7 @@ def test_workers_that_do_not_wait_know_nothing_of_waiting(tmp_path: Path) -> Non
     assert not any("wait_ms" in line for line in steps)
     assert {record["worker"] for record in found[1]["records"]} == {1}
     trace = json.loads((tmp_path / "trace.json").read_text())
-    assert {event["pid"] for event in trace["traceEvents"]} == {0, 1, SERVERS}
+    assert {event["pid"] for event in trace["traceEvents"]} == {0, 1}  # nobody meets at the server
 
 
 def test_a_trace_has_all_workers_on_one_clock(tmp_path: Path) -> None:
@@ -144,6 +145,29 @@ def test_a_log_of_steps_goes_on_where_the_run_does(tmp_path: Path) -> None:
     trainer.resume(Path(job.root or ""), 2)
     trainer.fit()
     assert [line["step"] for line in lines(log)] == [1, 2, 3, 4, 5, 6]
+    starts = [line["start_s"] for line in lines(log)]
+    assert starts == sorted(starts)  # one time, over both processes
+
+
+def test_many_buckets_without_waiting() -> None:
+    """More transfers than there was room for at first, where workers do not wait for each other."""
+    found = dtrain.run(_many_buckets, workers=2, backend="ps", timeout_s=60)
+    assert [len(records) for records in found] == [3, 3]
+
+
+def _many_buckets(comm: Any) -> list[dict[str, float]]:
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(40)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = dtrain.Loader(Points(24), global_batch=8, rank=comm.rank, world_size=comm.world_size)
+    config = dtrain.TrainConfig(steps=3, log_every=1, update="server", staleness=2, bucket_mb=0.0002)
+
+    def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return model(torch.ones(len(batch[0]), 8)).square().mean()
+
+    trainer = dtrain.Trainer(model, loss, optimizer, loader, comm=comm, config=config)
+    trainer.fit()
+    assert trainer._ledger._room > 32
+    return trainer.records
 
 
 def port_in(text: str) -> int:

@@ -54,6 +54,7 @@ class AllReduce:
         self._board = Board(store)
         self._owns_default = not dist.is_initialized()
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self._watched: list[_Transfer] = []  # whose end somebody wants to know of
         self._closed = False
         atexit.register(self._at_exit)
         timeout = timedelta(seconds=timeout_s)
@@ -84,6 +85,7 @@ class AllReduce:
 
     def all_reduce(self, flat: Tensor, key: str) -> Work:
         check_flat(flat, key)
+        self._look()
         nbytes = flat.numel() * flat.element_size() * 2 * (self.world_size - 1) // self.world_size
         self.traffic.count(key, nbytes, nbytes)
         try:
@@ -116,6 +118,17 @@ class AllReduce:
         reason = "has left" if ended else f"failed with {type(error).__name__}: {error}"
         self._board.note("left", self.rank, reason[:1000])
 
+    def watch(self, transfer: _Transfer) -> None:
+        """Tell of its end when this worker next comes here.
+
+        Never from the library's thread: one that comes to Python while the program ends would abort the process.
+        """
+        self._watched.append(transfer)
+
+    def _look(self) -> None:
+        if self._watched:
+            self._watched = [transfer for transfer in self._watched if not transfer.tell()]
+
     def _explain(self, error: RuntimeError, key: str) -> CommError:
         """The library says which address closed; find out which worker that was, and tell the others first."""
         text = self._culprit() or f"a worker does not answer ({_first_line(error)})"
@@ -147,22 +160,26 @@ class _Transfer:
         self._comm = comm
         self._work: dist.Work | None = work
         self._key = key
+        self._callback: Callable[[], None] | None = None
 
     def when_done(self, callback: Callable[[], None]) -> None:
-        """See `Announces`. Called by the library's thread."""
-        if self._work is None:
+        """See `Announces`. It is called when this worker next starts a transfer, or waits for one."""
+        self._callback = callback
+        self._comm.watch(self)
+
+    def tell(self) -> bool:
+        """Call back if it is over; whether there is nothing more to tell."""
+        if self._work is not None and not self._work.is_completed():
+            return False
+        callback, self._callback = self._callback, None
+        if callback is not None:
             callback()
-            return
-
-        def call(future: torch.futures.Future[object]) -> None:
-            if future.done():
-                callback()
-
-        self._work.get_future().add_done_callback(call)
+        return True
 
     def wait(self) -> None:
         if self._work is None:
             return
+        self._comm._look()
         try:
             self._work.wait()
         except RuntimeError as error:

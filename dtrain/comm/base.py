@@ -48,7 +48,7 @@ class Announces(Work, Protocol):
     """A Work that tells when its result has come, before anybody waits for it."""
 
     def when_done(self, callback: Callable[[], None]) -> None:
-        """Call back once the result is there, from any thread; at once if it is. Never after an error."""
+        """Call back once, when this worker sees that the transfer is over: perhaps a while after, or never."""
 
 
 @dataclass(eq=False)

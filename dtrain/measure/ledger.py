@@ -28,6 +28,7 @@ BOXES = (
 _FIRST = 2  # columns before the boxes: whether there is such a step, and when it began
 _COUNT = _FIRST + len(BOXES)  # then the number of transfers, and of each: called, wait, done
 _HEAD = _COUNT + 1
+_MOST_STEPS, _MOST_BYTES = 200, 4 * 2**20
 _AT_LEAST, _AT_MOST = 32, 2048
 """Transfers of a step that there is room for."""
 
@@ -47,14 +48,27 @@ class Late:
 class Ledger:
     """Puts workers' steps together: `pack` on each, sum over workers, `unpack` on all."""
 
-    def __init__(self, rank: int, world_size: int, offset: Offset | None = None) -> None:
+    def __init__(
+        self, rank: int, world_size: int, offset: Offset | None = None, *, before: Ledger | None = None
+    ) -> None:
+        """
+        Args:
+            before: the ledger of the run up to here, which this one goes on from.
+        """
         self._rank = rank
         self._world_size = world_size
         self._offset_s = (offset or Offset()).seconds
         self._room = _AT_LEAST  # transfers of a step, the same on all workers
-        self._start_s: float | None = None
-        self.late = [Late() for _ in range(world_size)]
+        self._start_s: float | None = None if before is None else before._start_s
+        known = [] if before is None else before.late
+        self.late: list[Late] = known if len(known) == world_size else [Late() for _ in range(world_size)]
         """By worker."""
+
+    @property
+    def most_steps(self) -> int:
+        """Steps that may wait to be told; the same on all workers. More would be too large a message."""
+        row_bytes = 8 * (_HEAD + 3 * self._room) * self._world_size
+        return max(1, min(_MOST_STEPS, _MOST_BYTES // row_bytes))
 
     def pack(self, steps: Sequence[StepTimes], records: Sequence[dict[str, float]]) -> torch.Tensor:
         """This worker's rows of a table (workers, steps, columns), flat, that all workers' sum to."""

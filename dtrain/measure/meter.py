@@ -39,7 +39,7 @@ class Transfer:
     done: Mark = None
     """It could go on."""
     arrived_s: float = math.nan
-    """The result was there, in seconds of perf_counter, where the backend tells."""
+    """The result was there at the latest, in seconds of perf_counter, where the backend tells."""
 
 
 class Meter:
@@ -211,9 +211,10 @@ class _Timed:
     def wait(self) -> None:
         transfer, now = self._transfer, self._meter.marks.now
         start_s = time.perf_counter()
-        transfer.wait = now()
+        since = now()
         self._work.wait()
-        transfer.done = now()
+        if transfer.wait is None:
+            transfer.wait, transfer.done = since, now()
         if not self._on_device:
             self._meter.blocked_s += time.perf_counter() - start_s
 

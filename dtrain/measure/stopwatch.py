@@ -64,14 +64,15 @@ class StepTimes:
             phases[name] += to - since - within_s
             inside_s += to - since
             outside_s -= within_s
-        flight_s = _length(_union([(t.called_s, t.arrived_s) for t in self.sent]))
+        flight = [("", since, to) for since, to in _union([(t.called_s, t.arrived_s) for t in self.sent])]
+        hidden_s = sum(to - since for _, since, to in flight) - sum(_overlaps(blocked, flight))
         return {
             "step_ms": (self.end_s - self.begin_s) * 1e3,
             **{f"{name}_ms": seconds * 1e3 for name, seconds in phases.items()},
             "rest_ms": max(0.0, self.end_s - self.begin_s - inside_s - outside_s) * 1e3,
             "exposed_comm_ms": exposed_s * 1e3,
             "codec_ms": sum(t.started_s - t.called_s for t in self.sent) * 1e3,
-            "hidden_comm_ms": max(0.0, flight_s - exposed_s) * 1e3,
+            "hidden_comm_ms": max(0.0, hidden_s) * 1e3,
             **self.traffic,
         }
 

@@ -207,7 +207,7 @@ class Server:
             return
         if isinstance(message, wire.Add | wire.AddShared):
             self._spans.came(message.key, message.call, member.rank)
-        elif isinstance(message, wire.Push | wire.PushShared):
+        elif isinstance(message, wire.Push | wire.PushShared) and self._shard.meets:
             self._spans.came(f"gradient/{message.bucket}", message.step, member.rank)
 
     def _payload(self, session: Session, message: wire.Message, data: memoryview | None) -> Tensor | None:
@@ -338,6 +338,7 @@ class Server:
             self._segments.clear()
             self._holder = None
             self._saved.clear()
+            self._spans = Spans()  # rounds are numbered anew
             return
         for key in [k for k in self._segments if k[0] in effect.sessions]:
             del self._segments[key]

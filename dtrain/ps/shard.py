@@ -126,6 +126,12 @@ class Shard:
         self.members.away(session, now)
         return self._look_for_lost(now)
 
+    @property
+    def meets(self) -> bool:
+        """Whether workers' gradients of one step make one step."""
+        layout = None if self.store is None else self.store.layout
+        return layout is not None and layout.rules.synchronous
+
     def back(self, session: Session) -> None:
         """A message could be delivered."""
         if (member := self.members.get(session)) is not None:

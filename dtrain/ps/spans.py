@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import OrderedDict
+from typing import Any
 
 from dtrain.comm.base import Span
 
@@ -54,12 +56,20 @@ def decode(data: bytes, asked_s: float, told_s: float) -> list[Span]:
     Raises:
         ValueError, KeyError, TypeError: that is not what `encode` gives.
     """
-    told = json.loads(data)
+    try:
+        return _decode(json.loads(data), asked_s, told_s)
+    except (ArithmeticError, RecursionError) as error:
+        raise ValueError(f"numbers or nesting that nobody means: {error}") from error
+
+
+def _decode(told: Any, asked_s: float, told_s: float) -> list[Span]:
     ahead_s = float(told["now_s"]) - (asked_s + told_s) / 2
     if abs(ahead_s) <= (told_s - asked_s) / 2:
         ahead_s = 0.0  # one host, one clock
     spans = []
     for name, first_s, last_s, done_s, rank in told["rounds"]:
         first_s, last_s, done_s = (float(moment) - ahead_s for moment in (first_s, last_s, done_s))
+        if not all(map(math.isfinite, (first_s, last_s, done_s))):
+            raise ValueError(f"{name} at {first_s}, {last_s}, {done_s}")
         spans.append(Span(str(name), first_s, last_s, max(last_s, done_s), int(rank)))
     return spans

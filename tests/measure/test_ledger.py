@@ -90,6 +90,28 @@ def test_a_step_with_many_transfers_finds_room_the_next_time() -> None:
     assert all("wait_ms" in r for r in together(ours, [[many], [many]])[0][0])
 
 
+def test_a_message_of_times_is_bounded() -> None:
+    """By bytes: many workers with many transfers tell of fewer steps at once; the same number on all."""
+    few, many = Ledger(0, 2), Ledger(0, 512)
+    assert few.most_steps == 200
+    assert 1 <= many.most_steps < 20
+    assert many.pack([], []).numel() == 0
+    large = [step(*(sent(0.1, 0.1, 0.1) for _ in range(1000)))]
+    together(ours := ledgers(2), [large, large])
+    assert ours[0].most_steps == ours[1].most_steps < 200
+
+
+def test_a_ledger_goes_on_from_the_one_before() -> None:
+    """After a rewind: the start of the run, and what lateness has cost so far."""
+    first = ledgers(2)
+    together(first, [[step(sent(0.1, 0.2, 0.8), begin_s=5.0)], [step(sent(0.7, 0.7, 0.8), begin_s=5.0)]])
+    again = [Ledger(r, 2, before=first[r]) for r in range(2)]
+    one = step(sent(9.1, 9.2, 9.8), begin_s=9.0)
+    found = together(again, [[one], [one]])[0]
+    assert found[0][0]["start_s"] == pytest.approx(4.0)
+    assert again[0].late[1].cost_s == pytest.approx(0.5)
+
+
 def test_a_worker_that_is_gone_has_no_record_and_no_blame() -> None:
     """A job that goes on without a worker: its rows are zeros."""
     ours = ledgers(3)

@@ -20,24 +20,25 @@ _PART_BYTES = 2**20  # what a server sums and sends back at a time
 _RATE = "48mbit"
 
 
-@pytest.mark.parametrize("backend", ["allreduce", "ps"])
-def test_the_rate_of_a_link_is_recovered(backend: str, tmp_path: Path) -> None:
-    """Two workers on links of 6 MB/s, within 5 %.
+@pytest.mark.parametrize(("backend", "workers"), [("allreduce", 2), ("ps", 1)])
+def test_the_rate_of_a_link_is_recovered(backend: str, workers: int, tmp_path: Path) -> None:
+    """Of links of 6 MB/s, within 5 %.
 
-    A ring of two sends the gradient's bytes M once each way. One server apart takes M from both through its link, and
-    the last parts go back when all of it is in.
+    A ring of two sends the gradient's M bytes once each way. A server apart sends parts back as they come, and the last
+    one when all is in. The second quickest step counts: a link can be slower than it should be, where the machine is
+    taken away from it, but hardly faster.
     """
     if (reason := emulated.available()) is not None:
         pytest.skip(reason)
     model = ["--option", "model=mlp", "hidden=512", "layers=2"]
-    how = ["--global-batch", "16", "--steps", "7", "--checkpoint-every", "never"]
-    with emulated.hosts(3, rate=_RATE) as h:
-        emulated.job(h, ["train", "synthetic", *model, *how], backend=backend, workers=2, run_dir=tmp_path / "run")
+    how = ["--global-batch", "16", "--steps", "8", "--checkpoint-every", "never"]
+    place = {"backend": backend, "workers": workers}
+    with emulated.hosts(2, rate=_RATE) as h:
+        emulated.job(h, ["train", "synthetic", *model, *how], **place, run_dir=tmp_path / "run")
         rate = h.rate_bytes_per_s
     steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
-    nbytes = steps[0]["sent_gradient"]
-    moved = nbytes if backend == "allreduce" else 2 * (nbytes + _PART_BYTES)
-    transfer_s = statistics.median(line["transfer_ms"] for line in steps if line["step"] > 2) / 1e3
-    assert moved / transfer_s == pytest.approx(rate, rel=0.05)
-    computing_s = statistics.median(line["backward_ms"] + line["forward_ms"] for line in steps) / 1e3
-    assert computing_s < 0.25 * transfer_s  # none of the link's time has gone there
+    moved = steps[0]["sent_gradient"] + (_PART_BYTES if backend == "ps" else 0)
+    transfers_ms = sorted(line["transfer_ms"] for line in steps if line["step"] > 2)
+    assert moved / (transfers_ms[1] / 1e3) == pytest.approx(rate, rel=0.05)
+    computing_ms = statistics.median(line["backward_ms"] + line["forward_ms"] for line in steps)
+    assert computing_ms < 0.25 * transfers_ms[1]  # none of the link's time has gone there

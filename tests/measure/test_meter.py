@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,6 +300,36 @@ def test_a_late_worker_is_what_the_other_one_waits_for(backend: str) -> None:
     blocked_s = everywhere(_late, backend=backend)
     assert blocked_s[0] > 0.2
     assert blocked_s[1] < blocked_s[0]
+
+
+_ENDS = """
+import sys, time, torch, torch.distributed as dist
+from dtrain.comm.allreduce import AllReduce
+from dtrain.measure import metered
+rank = int(sys.argv[1])
+meter = metered(AllReduce(rank, 2, store=dist.FileStore(sys.argv[2], 2), timeout_s=20))
+meter.all_reduce(torch.ones(1), "metric/start").wait()
+if rank == 1:
+    time.sleep(0.25)  # by then worker 0 is at its end
+works = [meter.all_reduce(torch.ones(1000), f"gradient/{i}") for i in range(4)]
+if rank == 0:
+    time.sleep(0.2)
+    raise ValueError("a bug in the loss")
+time.sleep(1.0)
+"""
+
+
+def test_a_program_that_ends_amid_transfers_ends_by_its_own_error(tmp_path: Path) -> None:
+    """A transfer that is over while the interpreter goes down calls nobody: that would abort the process."""
+    command = [sys.executable, "-c", _ENDS]
+    first, second = (
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    )
+    said = first.communicate(timeout=60)[1]
+    second.communicate(timeout=60)
+    assert first.returncode == 1, said
+    assert "ValueError: a bug in the loss" in said
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,14 @@ def test_another_hosts_clock_is_put_right() -> None:
     assert same.last_s == 1009.5  # the same clock, as far as can be seen: nothing is changed
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"now_s": 1, "rounds": [1]}', b'{"now_s": "x", "rounds": []}'])
+UNREADABLE = [
+    *(b"", b"[]", b"{}", b'{"now_s": 1, "rounds": [1]}', b'{"now_s": "x", "rounds": []}', b"[" * 100_000),
+    b'{"now_s": 1, "rounds": [["a", NaN, 1, 1, 0]]}',
+    b'{"now_s": 1, "rounds": [["a", 1, 1, 1, Infinity]]}',
+]
+
+
+@pytest.mark.parametrize("data", UNREADABLE, ids=range(len(UNREADABLE)))
 def test_what_cannot_be_read_is_refused(data: bytes) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         spans.decode(data, 0.0, 1.0)
