@@ -209,8 +209,8 @@ class Precise(Hook):
         self._step = -1
 
 
-class JsonLog(Hook):
-    """One JSON object a line, on worker 0: records of steps, and the metrics after each epoch and at the end.
+class LineLog(Hook):
+    """Base of logs with one JSON object a line, on worker 0.
 
     A run that starts or is resumed at a step keeps what the file has up to that step; the rest is written anew. A
     number that is not finite is null.
@@ -219,26 +219,17 @@ class JsonLog(Hook):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: TextIO | None = None
-        self._metrics_step = -1
 
     def on_start(self, state: State) -> None:
         if state.first:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            kept = lines_to_step(self._path, state.step)
+            kept = _lines_to_step(self._path, state.step)
             self._path.write_text("".join(kept), encoding="utf-8")
+            if self._file is None and kept:
+                self._go_on_after(json.loads(kept[-1]))
             self._file = self._path.open("a", encoding="utf-8")
 
-    def on_step(self, state: State) -> None:
-        if state.record is not None:
-            self._write({"step": state.step, "epoch": state.epoch, "samples": state.samples, **state.record})
-
-    def on_epoch(self, state: State) -> None:
-        if state.metrics and state.step != self._metrics_step:
-            self._metrics_step = state.step
-            self._write({"step": state.step, "epoch": state.epoch, "samples": state.samples, "metrics": state.metrics})
-
     def on_end(self, state: State) -> None:
-        self.on_epoch(state)
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -246,13 +237,44 @@ class JsonLog(Hook):
     def on_rewind(self, state: State) -> None:
         if self._file is not None:
             self._file.close()
-        self._metrics_step = -1
         self.on_start(state)
 
-    def _write(self, record: dict[str, object]) -> None:
+    def _go_on_after(self, last: dict[str, Any]) -> None:
+        """Another process has written the file so far; its last line."""
+
+    def _write(self, records: Iterable[dict[str, Any]]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+            self._file.writelines(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
             self._file.flush()
+
+
+class JsonLog(LineLog):
+    """Records of steps, and the metrics after each epoch and at the end. See `LineLog`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metrics_step = -1
+
+    def on_step(self, state: State) -> None:
+        if state.record is not None:
+            self._write([{**_position(state), **state.record}])
+
+    def on_epoch(self, state: State) -> None:
+        if state.metrics and state.step != self._metrics_step:
+            self._metrics_step = state.step
+            self._write([{**_position(state), "metrics": state.metrics}])
+
+    def on_end(self, state: State) -> None:
+        self.on_epoch(state)
+        super().on_end(state)
+
+    def on_rewind(self, state: State) -> None:
+        self._metrics_step = -1
+        super().on_rewind(state)
+
+
+def _position(state: State) -> dict[str, int]:
+    return {"step": state.step, "epoch": state.epoch, "samples": state.samples}
 
 
 def finite(value: Any) -> Any:
@@ -264,7 +286,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def lines_to_step(path: Path, step: int) -> list[str]:
+def _lines_to_step(path: Path, step: int) -> list[str]:
     """Lines of a log up to a step, the step included; without what a kill has torn."""
     if not path.exists():
         return []
@@ -361,7 +383,7 @@ class Prometheus(Hook):
         self.on_end(state)
 
     def _see(self, state: State) -> None:
-        figures: dict[str, float] = {"step": state.step, "epoch": state.epoch, "samples": state.samples}
+        figures: dict[str, float] = {**_position(state)}
         figures |= {f"test_{name}": value for name, value in state.metrics.items()}
         figures |= state.record or {k: v for k, v in self._figures.items() if k not in figures}
         if state.late:

@@ -30,13 +30,12 @@ from dtrain.links import measure_link
 from dtrain.measure.hardware import fit
 from dtrain.measure.profile import Line, Profile
 from dtrain.measure.step import Bucket, NormMessage
+from dtrain.measure.stopwatch import PHASES
 from dtrain.processes import cores
 from dtrain.recipes import Recipe
 from dtrain.replica import replicate
-from dtrain.runs import RunSpec
-from dtrain.trainer import Trainer
-
-PHASES = ("data", "forward", "backward", "optimizer")
+from dtrain.runs import RunSpec, one_device
+from dtrain.trainer import Trainer, autocast
 
 _WARMUP = 2
 
@@ -90,7 +89,7 @@ def probe(
         DataError: data that cannot be read.
     """
     effort = effort or Effort()
-    device = _device(spec)
+    device = one_device(spec)
     recipe = spec.build()
     sizes = sorted({min(b, _samples(recipe)) for b in batches if b > 0})
     if not sizes:
@@ -207,7 +206,7 @@ class _Subject:
         moments = [now()]
         batch, total = next(self._stream(samples))
         moments.append(now())
-        with self._autocast():
+        with autocast(self._spec.amp, self._device):
             loss = self._recipe.loss(self.model, to_device(batch, self._device))
         moments.append(now())
         self._replica.backward(loss, samples=total, total=total)
@@ -244,11 +243,6 @@ class _Subject:
             loader = Loader(self._recipe.train, global_batch=samples, rank=0, world_size=1, seed=self._spec.seed)
             self._streams[samples] = _forever(loader, samples)
         return self._streams[samples]
-
-    def _autocast(self) -> Any:
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = kinds.get(self._spec.amp)
-        return torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _forever(loader: Loader, samples: int) -> Iterator[Any]:
@@ -323,19 +317,6 @@ def _norms(model: nn.Module) -> tuple[NormMessage, ...]:
 
 def _samples(recipe: Recipe) -> int:
     return len(recipe.train)  # type: ignore[arg-type]
-
-
-def _device(spec: RunSpec) -> torch.device:
-    name = spec.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device is {spec.device!r}: give auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {spec.device!r}, and this torch sees no CUDA device: see `dtrain doctor`")
-    return device
 
 
 def _about(device: torch.device) -> dict[str, str]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from dtrain.data import Loader, to_device
 from dtrain.measure.footprint import Loss, footprint
 from dtrain.measure.memory import Footprint, largest_micro_batch, parse_bytes, process_bytes, show
-from dtrain.runs import RunSpec
+from dtrain.runs import RunSpec, one_device
+from dtrain.trainer import autocast
 
 _SAMPLES = 8
-_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,10 @@ def room(spec: RunSpec, memory: str, *, packs: bool) -> Room:
     """
     memory_bytes = parse_bytes(memory)
     recipe = spec.build()
-    on_cuda = spec.device.startswith("cuda") or (spec.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cpu" if not on_cuda else "cuda" if spec.device == "auto" else spec.device)
+    device = one_device(spec)
     model = recipe.model.to(device)
     weights_bytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    taken_bytes = 0 if on_cuda else process_bytes() - weights_bytes
+    taken_bytes = 0 if device.type == "cuda" else process_bytes() - weights_bytes
     samples = min(_SAMPLES, len(recipe.train))  # type: ignore[arg-type]
     batch, _ = next(iter(Loader(recipe.train, global_batch=samples, seed=spec.seed).batches(0)))
     found = footprint(
@@ -101,11 +100,9 @@ def room(spec: RunSpec, memory: str, *, packs: bool) -> Room:
 
 def _with_amp(loss: Loss, amp: str, device: torch.device) -> Loss:
     """The loss as the trainer computes it."""
-    if amp == "off":
-        return loss
 
     def mixed(model: nn.Module, batch: Any) -> Tensor:
-        with torch.autocast(device.type, dtype=_AMP[amp]):
+        with autocast(amp, device):
             return loss(model, batch)
 
     return mixed

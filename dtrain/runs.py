@@ -33,7 +33,7 @@ from dtrain.data import Loader, to_device
 from dtrain.errors import DataError, UsageError
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Prometheus, TensorBoard, finite
 from dtrain.measure import summarise
-from dtrain.measure.memory import peak_bytes
+from dtrain.measure.memory import peak_bytes, tensors
 from dtrain.recipes import Recipe
 from dtrain.timeline import StepLog, Trace
 from dtrain.trainer import Trainer, norm_sharing
@@ -463,6 +463,15 @@ def _device(comm: Backend, spec: RunSpec) -> torch.device:
     return device
 
 
+def one_device(spec: RunSpec) -> torch.device:
+    """Where a model is looked at by itself: what was asked for, or CUDA if there is any.
+
+    Raises:
+        UsageError: a device that cannot be meant, or is not here.
+    """
+    return _named_device(spec) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _named_device(spec: RunSpec) -> torch.device | None:
     """The device that was asked for; None where each worker finds its own."""
     if spec.device == "auto":
@@ -549,13 +558,8 @@ def _first_device(trainer: Trainer, workers: list[dict[str, float]]) -> dict[str
     """With the update on worker 0: what its device carries more than each other one."""
     if getattr(trainer.comm.inner, "device", None) is None:
         return {}
-    state_bytes = sum(
-        t.numel() * t.element_size()
-        for values in trainer.optimizer.state.values()
-        for t in values.values()
-        if isinstance(t, torch.Tensor)
-    )
-    rows = collectives.gather_numbers(trainer.comm, [int(state_bytes)], "metric/devices")
+    state_bytes = sum(t.nbytes for t in tensors(list(trainer.optimizer.state.values())))
+    rows = collectives.gather_numbers(trainer.comm, [state_bytes], "metric/devices")
     sent, received = ([w[f"bytes_{way}_per_step"] for w in workers] for way in ("sent", "received"))
     return {
         "device0_extra_memory_bytes": _extra([row[0] for row in rows]),

@@ -4,53 +4,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from dtrain.comm import collectives
-from dtrain.hooks import Hook, State, finite, lines_to_step
+from dtrain.hooks import Hook, LineLog, State
 from dtrain.measure.trace import document
 
 _ALL = 1000
 """Steps of which every one is written. Of later ones a tenth is, of those after ten times as many a hundredth, ..."""
 
 
-class StepLog(Hook):
-    """One JSON object a line for each step and worker, on worker 0; long runs are thinned."""
+class StepLog(LineLog):
+    """A line for each step and worker; long runs are thinned. See `LineLog`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: TextIO | None = None
+        super().__init__(path)
         self._before_s = 0.0
 
-    def on_start(self, state: State) -> None:
-        if state.first:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            kept = lines_to_step(self._path, state.step)
-            self._path.write_text("".join(kept), encoding="utf-8")
-            if self._file is None and kept:  # another process wrote them, whose time began at another moment
-                last = json.loads(kept[-1])
-                self._before_s = last.get("start_s", 0.0) + last.get("step_ms", 0.0) / 1e3
-            self._file = self._path.open("a", encoding="utf-8")
-
     def on_step(self, state: State) -> None:
-        if self._file is None or not state.fresh:
-            return
-        for everyone in state.fresh:
-            for record in everyone:
-                if int(record["step"]) % _every(int(record["step"])) == 0:
-                    self._file.write(json.dumps(finite(_short(record, self._before_s)), allow_nan=False) + "\n")
-        self._file.flush()
+        everything = [record for everyone in state.fresh for record in everyone]
+        kept = [record for record in everything if int(record["step"]) % _every(int(record["step"])) == 0]
+        if kept:
+            self._write(_short(record, self._before_s) for record in kept)
 
     def on_end(self, state: State) -> None:
         self.on_step(state)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        super().on_end(state)
 
-    def on_rewind(self, state: State) -> None:
-        if self._file is not None:
-            self._file.close()
-        self.on_start(state)
+    def _go_on_after(self, last: dict[str, Any]) -> None:
+        """Its time began at another moment."""
+        self._before_s = last.get("start_s", 0.0) + last.get("step_ms", 0.0) / 1e3
 
 
 class Trace(Hook):

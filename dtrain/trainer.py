@@ -316,13 +316,8 @@ class Trainer:
     def _forward(self, micro: Micro) -> Tensor:
         with self._watch.phase("forward"):
             batch = to_device(micro.batch, self.device)
-            with self._autocast():
+            with autocast(self.config.amp, self.device):
                 return self._loss(self.model, batch)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.config.amp == "off":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AMP[self.config.amp])
 
     def _update(self) -> None:
         """Clip the global gradient and step; every worker has the same one, so every worker does the same."""
@@ -449,7 +444,9 @@ class Trainer:
         if chosen and self.comm.rank == 0 and isinstance(self.comm.inner, TellsSpans):
             self._chosen.see_servers(self.comm.inner.server_spans())
         self.step_s += sum(record["step_ms"] for record in mine) / 1e3
-        self.records = [*self.records[-_MOST_RECORDS:], *mine]
+        self.records += mine
+        if len(self.records) > 2 * _MOST_RECORDS:
+            del self.records[:-_MOST_RECORDS]
         return [{k: v for k, v in record.items() if k not in ("worker", "step", "start_s")} for record in mine]
 
     def _begin_times(self) -> None:
@@ -537,6 +534,11 @@ class Trainer:
             if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
                 raise DataError(f"{path} is of another model: {name} is {_kind(there)} there, {_kind(here)} here")
         self.model.load_state_dict(tensors)
+
+
+def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """What a forward runs in, by `TrainConfig.amp`."""
+    return contextlib.nullcontext() if amp == "off" else torch.autocast(device.type, dtype=_AMP[amp])
 
 
 def norm_sharing(config: TrainConfig, data: Loader) -> norm.Sharing | None:

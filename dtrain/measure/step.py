@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dtrain.measure.intervals import merged, overlaps
 from dtrain.measure.simulate import Job, play
+from dtrain.measure.stopwatch import PHASES
 
 Place = Literal["apart", "beside", "host"]
 
@@ -27,7 +29,7 @@ WHOLE_BYTES = 2**16
 """A message below this goes to one server whole."""
 
 _COMPUTE = "compute"
-_PHASES = ("data", "forward", "backward", "optimizer", "rest")
+_PHASES = (*PHASES, "rest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,7 @@ def boxes(work: Work, wiring: Wiring) -> Boxes:
         step_ms=end_s * 1e3,
         **{f"{phase}_ms": s * 1e3 for phase, s in seconds.items()},
         exposed_comm_ms=exposed_s * 1e3,
-        hidden_comm_ms=_overlap(computing, travelling) * 1e3,
+        hidden_comm_ms=sum(overlaps(merged(computing), merged(travelling))) * 1e3,
         wait_ms=wait_s * 1e3,
         transfer_ms=(exposed_s - wait_s) * 1e3,
     )
@@ -357,25 +359,6 @@ def slowest_arrival(workers: int, uneven: float, part: float) -> float:
         now += ends
         left = [max(0.0, have - rate * ends) for have, rate in zip(left, rates, strict=False)]
     return now
-
-
-def _overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
-    """Length of the time that lies in an interval of both."""
-    return sum(
-        max(0.0, min(a_end, b_end) - max(a_start, b_start))
-        for a_start, a_end in _merged(a)
-        for b_start, b_end in _merged(b)
-    )
-
-
-def _merged(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
 
 
 # -- closed forms, which the play must meet in the limits

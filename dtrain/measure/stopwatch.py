@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from dtrain.comm.base import LANES
+from dtrain.measure.intervals import Interval, length, merged, overlaps
 from dtrain.measure.marks import Mark, Marks, marks_on
 from dtrain.measure.meter import Meter, Transfer
 
 PHASES = ("data", "forward", "backward", "optimizer")
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +56,16 @@ class StepTimes:
         transfers. `hidden_comm_ms`: something was under way, and the worker was not blocked.
         """
         blocked = self._blocked()
-        exposed_s = _length(blocked)
+        exposed_s = length(blocked)
         phases = dict.fromkeys(PHASES, 0.0)
         inside_s, outside_s = 0.0, exposed_s
-        for (name, since, to), within_s in zip(self.spans, _overlaps(blocked, self.spans), strict=True):
+        within = overlaps(blocked, [(since, to) for _, since, to in self.spans])
+        for (name, since, to), within_s in zip(self.spans, within, strict=True):
             phases[name] += to - since - within_s
             inside_s += to - since
             outside_s -= within_s
-        flight = [("", since, to) for since, to in _union([(t.called_s, t.arrived_s) for t in self.sent])]
-        hidden_s = sum(to - since for _, since, to in flight) - sum(_overlaps(blocked, flight))
+        flight = merged((t.called_s, t.arrived_s) for t in self.sent)
+        hidden_s = length(flight) - sum(overlaps(blocked, flight))
         return {
             "step_ms": (self.end_s - self.begin_s) * 1e3,
             **{f"{name}_ms": seconds * 1e3 for name, seconds in phases.items()},
@@ -155,36 +155,6 @@ def _read(transfer: Transfer, marks: Marks) -> Sent:
     wait_s = done_s if transfer.wait is None else marks.seconds(transfer.wait)
     arrived_s = done_s if math.isnan(transfer.arrived_s) else min(transfer.arrived_s, done_s)
     return Sent(transfer.key, transfer.nbytes, called_s, started_s, wait_s, done_s, max(arrived_s, started_s))
-
-
-def _union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same points in intervals that do not touch, in order."""
-    merged: list[Interval] = []
-    for since, to in sorted(intervals):
-        if merged and since <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(to, merged[-1][1]))
-        else:
-            merged.append((since, to))
-    return merged
-
-
-def _length(intervals: Sequence[Interval]) -> float:
-    return sum(to - since for since, to in intervals)
-
-
-def _overlaps(blocked: Sequence[Interval], spans: Sequence[tuple[str, float, float]]) -> list[float]:
-    """How much of the intervals lies within each span; both are in order, and neither's touch each other."""
-    found, position = [], 0
-    for _, since, to in spans:
-        within_s = 0.0
-        while position < len(blocked) and blocked[position][0] < to:
-            a, b = blocked[position]
-            within_s += max(0.0, min(to, b) - max(since, a))
-            if b > to:
-                break  # the rest of it may lie in the next one
-            position += 1
-        found.append(within_s)
-    return found
 
 
 def _bytes(meter: Meter) -> dict[str, int]:

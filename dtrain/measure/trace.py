@@ -18,7 +18,8 @@ from dtrain.measure.stopwatch import StepTimes
 
 _WARM_UP = 3
 _TYPICAL = 5
-_LANE_ROWS = 10  # a transfer that overlaps another one of its lane goes to a row so far below
+LANE_ROWS = 10
+"""A transfer that overlaps another one of its lane goes to a row (a trace's tid) so far below."""
 
 SERVERS = 10_000
 """Process number of server 0 in a trace; those of workers are their ranks."""
@@ -95,13 +96,8 @@ def events_of_server(spans: Sequence[Span], server: int, number: int, offset_s: 
         busy[row] = span.done_s
         parts = {f"wait, {span.name}": (span.first_s, span.last_s), span.name: (span.last_s, span.done_s)}
         for name, (since_s, to_s) in parts.items():
-            events.append(
-                {
-                    **{"ph": "X", "pid": SERVERS + server, "tid": row, "name": name},
-                    **{"ts": round((since_s + offset_s) * 1e6, 1), "dur": round((to_s - since_s) * 1e6, 1)},
-                    "args": {"step": number, "last_worker": span.last_rank},
-                }
-            )
+            when = (since_s + offset_s, to_s + offset_s)
+            events.append(_event(SERVERS + server, row, name, *when, step=number, last_worker=span.last_rank))
     return events
 
 
@@ -109,11 +105,7 @@ def events_of(step: StepTimes, rank: int, offset_s: float = 0.0) -> list[Event]:
     """A step of a worker: what it computed and when it was blocked in row 0, each transfer in a row of its lane."""
 
     def event(name: str, row: int, since_s: float, to_s: float, **more: object) -> Event:
-        return {
-            **{"ph": "X", "pid": rank, "tid": row, "name": name},
-            **{"ts": round((since_s + offset_s) * 1e6, 1), "dur": round(max(0.0, to_s - since_s) * 1e6, 1)},
-            "args": {"step": step.number, **more},
-        }
+        return _event(rank, row, name, since_s + offset_s, to_s + offset_s, step=step.number, **more)
 
     events = [event(name, 0, since, to) for name, since, to in step.spans]
     events += [event("blocked", 0, t.wait_s, t.done_s, on=t.key) for t in step.sent if t.done_s > t.wait_s]
@@ -121,10 +113,16 @@ def events_of(step: StepTimes, rank: int, offset_s: float = 0.0) -> list[Event]:
     for t in step.sent:
         row = 1 + LANES.index(lane_of(t.key))
         while busy.get(row, 0.0) > t.called_s:
-            row += _LANE_ROWS
+            row += LANE_ROWS
         busy[row] = t.arrived_s
         events.append(event(t.key, row, t.called_s, t.arrived_s, nbytes=t.nbytes))
     return events
+
+
+def _event(process: int, row: int, name: str, since_s: float, to_s: float, **about: object) -> Event:
+    """A complete event."""
+    when = {"ts": round(since_s * 1e6, 1), "dur": round(max(0.0, to_s - since_s) * 1e6, 1)}
+    return {"ph": "X", "pid": process, "tid": row, "name": name, **when, "args": about}
 
 
 def document(by_worker: Sequence[Sequence[Event]], notable: dict[str, int]) -> str:
@@ -148,5 +146,5 @@ def _process(pid: int) -> str:
 def _row_name(row: int) -> str:
     if row == 0:
         return "compute"
-    below, lane = divmod(row, _LANE_ROWS)
+    below, lane = divmod(row, LANE_ROWS)
     return LANES[lane - 1] + (f" {below + 1}" if below else "")

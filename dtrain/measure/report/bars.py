@@ -8,9 +8,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from dtrain.comm.base import LANES
 from dtrain.measure.report import words
 from dtrain.measure.report.axes import lying, standing
-from dtrain.measure.report.figures import COMPUTE, LANES, Late, Part, parts
+from dtrain.measure.report.figures import COMPUTE, Late, Part, parts
 from dtrain.measure.report.svg import embed, figure, ink, style
 from dtrain.measure.report.timelines import Span, Track
 

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dtrain.comm.base import LANES
 from dtrain.measure.runfiles import Record, Run, number, numbers
+from dtrain.measure.stopwatch import PHASES
 from dtrain.measure.summary import summarise
 
 Points = list[tuple[float, float]]
 
-COMPUTE = ("data", "forward", "backward", "optimizer")
+COMPUTE = PHASES
 COMMUNICATION = ("wait", "transfer", "codec")
-LANES = ("gradient", "norm", "metric")
 POINTS = 1000
 """Points of a curve at most."""
 

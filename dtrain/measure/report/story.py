@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dtrain.comm.base import LANES
 from dtrain.measure.report import bars, curves, details, figures, findings, svg, timelines, words
 from dtrain.measure.report.blocks import Cell, Picture, Section, Story, Table, Tile
 from dtrain.measure.report.prediction import predictions
@@ -189,7 +190,7 @@ def _timelines(run: Run, key: str) -> Section | None:
         drawn.append(Picture(title=title, svg=wide, narrow=narrow))
     if not drawn:
         return None
-    names = ("data", "forward", "backward", "optimizer", "blocked", *figures.LANES)
+    names = (*figures.COMPUTE, "blocked", *LANES)
     key_row = Table(head=[], rows=[[Cell(name, chip=name) for name in names]], words=True)
     return Section(title="Step by step", pictures=drawn, tables=[key_row])
 

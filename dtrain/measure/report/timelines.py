@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from dtrain.measure.report.figures import LANES, parts, per_worker
+from dtrain.comm.base import LANES
+from dtrain.measure.report.figures import parts, per_worker
 from dtrain.measure.runfiles import Record, Run, number, numbers
+from dtrain.measure.trace import LANE_ROWS
 
 SPANS = 2000
 """Rectangles of a timeline at most."""
 _TRACKS = ("compute", *LANES)
-_ROWS = 10
-"""A transfer that overlaps another of its lane is in a row (a trace's tid) so far below."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ def timeline(run: Run, step: int, most: int = SPANS) -> list[Track]:
     for row in sorted(rows, key=lambda row: -row["dur"])[:most]:
         span = Span(row["name"], (row["ts"] - begin) / 1e3, row["dur"] / 1e3, row["nbytes"])
         tracks[row["pid"], row["tid"]].append(span)
-    order = sorted(tracks, key=lambda key: (key[0], key[1] % _ROWS, key[1] // _ROWS))
+    order = sorted(tracks, key=lambda key: (key[0], key[1] % LANE_ROWS, key[1] // LANE_ROWS))
     owners = _owners(run)
     return [
         Track(
             owner=owners.get(pid, f"worker {pid}"),
-            name=_track_name(tid % _ROWS),
+            name=_track_name(tid % LANE_ROWS),
             spans=sorted(tracks[pid, tid], key=_start),
-            row=tid // _ROWS,
+            row=tid // LANE_ROWS,
         )
         for pid, tid in order
     ]
