@@ -52,6 +52,9 @@ _TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "hostname")
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
 _HOLD = "trap '' CHLD; echo ready; exec cat"  # ends when its stdin closes; as process 1, it keeps no dead children
 _READY_S = 10.0
+_FEWER_PACKETS = "echo 16 2>/dev/null > /proc/sys/net/ipv4/tcp_min_tso_segs"
+"""A slow connection hands its data on in pieces of two frames, each of which costs the processors as much as a large
+one: links of some hundred Mbit/s would wait for them. Where it is not permitted, it stays so."""
 
 
 class HostsError(Exception):
@@ -170,7 +173,7 @@ class Hosts:
     def add(self) -> None:
         """One more host."""
         number = len(self._pids)
-        private = f"mount -t tmpfs tmpfs /dev/shm && hostname host{number} && "
+        private = f"mount -t tmpfs tmpfs /dev/shm && hostname host{number} && {_FEWER_PACKETS}; "
         unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", private + _HOLD]
         holder = self._hold([*self._enter(self._switch.pid, "--net"), *unshare])
         pid = _child(holder.pid)
@@ -430,13 +433,13 @@ def job(
         for number, (host, bind) in enumerate(zip(places, binds, strict=True)):
             flags = ["--workers", workers, "--server", number, "--servers", servers, "--bind", bind]
             words = [sys.executable, "-m", "dtrain", "server", *flags, "--insecure-no-encryption"]
-            inside = _environment({**place, "role": "server"}, threads)
+            inside = environment({**place, "role": "server"}, threads)
             processes.append(h.start(host, words, inside, name=f"server {number}"))
         training = _worker_command(command, backend, lanes, run_dir)
         meeting = {"servers": ",".join(binds)} if servers else {"store": f"tcp://{h.address(0)}:{h.port()}"}
         for rank in range(workers):
             told = {**place, **meeting, "backend": backend, "rank": rank, "world_size": workers}
-            processes.append(h.start(rank, training, _environment(told, threads), name=f"worker {rank}"))
+            processes.append(h.start(rank, training, environment(told, threads), name=f"worker {rank}"))
         finish(processes, timeout_s=timeout_s)
     return Outcome(
         run_dir=run_dir,
@@ -466,7 +469,7 @@ def _worker_command(command: Sequence[str], backend: str, lanes: str, run_dir: P
     return [sys.executable, "-m", "dtrain", *command, *more]
 
 
-def _environment(place: Mapping[str, Any], threads: int) -> dict[str, str]:
+def environment(place: Mapping[str, Any], threads: int) -> dict[str, str]:
     """What a process finds: its place, and the interface that gloo is to use."""
     from dtrain import env  # not for those who want hosts alone: it brings no torch, but dtrain does
 

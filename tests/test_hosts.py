@@ -166,8 +166,10 @@ def test_a_job_sends_each_gradient_through_the_links(how, tmp_path):
         made = emulated.job(h, task, backend=backend, workers=2, placement=placement, run_dir=tmp_path, timeout_s=90.0)
     assert [made.summary[name] for name in ("backend", "workers", "steps")] == [backend, 2, 6]
     all_bytes = 4 * (256 * 256 + 256 + 256 * 100 + 100) * 6
+    tried = 0 if backend == "allreduce" else 2**16 * (1 + 4 + 16 + 64)  # to learn how fast the links are
     for sent, share in zip(made.use.sent_bytes, SHARES[how], strict=True):
-        assert share * all_bytes <= sent <= (1.6 * share + 0.05) * all_bytes  # the weights at the start go as well
+        most = (1.6 * share + 0.05) * all_bytes + 1.05 * share * tried  # the weights at the start go as well
+        assert share * all_bytes <= sent <= most
     assert ("listening" in made.outputs.get("server 0", "")) == (backend == "ps")
 
 

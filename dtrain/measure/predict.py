@@ -9,6 +9,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dtrain.comm import parts
 from dtrain.errors import UsageError
 from dtrain.measure.hardware import Link
 from dtrain.measure.profile import Profile
@@ -182,10 +183,17 @@ def wiring_of(profile: Profile, setting: Setting) -> Wiring:
         cores=profile.cores,
         threads=_threads(profile, setting),
         uneven=link.uneven,
-        part_bytes=max(2**20, math.ceil(biggest / _MOST_PARTS)),
+        part_bytes=max(_part_bytes(setting, link), math.ceil(biggest / _MOST_PARTS)),
         update_on_servers=setting.update == "server" and setting.backend == "ps",
         lateness=profile.scatter * expected_maximum(setting.workers),
     )
+
+
+def _part_bytes(setting: Setting, link: Link) -> int:
+    """Of a bucket: what goes to all servers together at once. See `dtrain.comm.parts`."""
+    if setting.place == "host":
+        return parts.MOST_BYTES
+    return setting.servers * parts.part_bytes(link.bytes_per_s * min(1.0, setting.servers / setting.workers))
 
 
 def expected_maximum(count: int) -> float:

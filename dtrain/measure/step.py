@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dtrain.comm import parts
 from dtrain.measure.intervals import merged, overlaps
 from dtrain.measure.simulate import Job, play
 from dtrain.measure.stopwatch import PHASES
@@ -209,7 +210,7 @@ class _Step:
         """A part is added up when the slowest worker's has come: by then the others' next parts are there as well.
 
         All bytes take the same time in all; but of what has to pass before the first part is complete there is more,
-        and answers begin later.
+        and answers begin later. No worker gets further ahead of the slowest than it may have parts unanswered.
         """
         up = [job for job in self.jobs if job.lane == "gradient up"]
         shared = [name for name in ("server in", "in") if up and name in up[0].uses]
@@ -218,7 +219,9 @@ class _Step:
         for job in up:
             for name in shared:
                 before += job.uses[name] / total
-                until = slowest_arrival(self._wiring.workers, self._wiring.uneven, before)
+                ahead = parts.UNDER_WAY * job.uses[name] / total * (1 - 1 / self._wiring.workers)
+                until = min(slowest_arrival(self._wiring.workers, self._wiring.uneven, before), before + ahead)
+                until = max(passed, min(1.0, until))
                 job.uses = {**job.uses, name: total * (until - passed)}
                 passed = until
 

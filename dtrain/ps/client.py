@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -28,7 +29,9 @@ from dtrain.ps import lanes as lanes_
 from dtrain.ps.hosting import Hosting
 from dtrain.ps.link import Joining, Link, copy_into
 from dtrain.ps.memory import Buffers, Place, Staging, bytes_as, size_class
+from dtrain.ps.outbox import Outbox, learn_part_bytes, window_bytes
 from dtrain.ps.placement import Range, split_even
+from dtrain.ps.pump import Pump
 from dtrain.ps.staging import DeviceCopy, pinned
 from dtrain.ps.wire import Answer
 
@@ -105,12 +108,17 @@ class ParameterServer:
             lanes=lanes == "auto",
             keys=keys,
         )
-        self._lock = threading.RLock()  # hooks of CUDA models run in the engine's thread
+        self.lock = threading.RLock()
+        """Held by who uses the links: the program's thread, the engine's (hooks of CUDA models), or the pump."""
         self._on_close = on_close
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._closed = False
         self._cuts: dict[tuple[str, int, int], list[Range]] = {}
         self.links: list[Link] = []
+        self.outboxes: list[Outbox] = []
+        """What waits to be sent, by server."""
+        self._pump: Pump | None = None
+        self._part_bytes = wire.PART_BYTES  # of a tensor that travels over a network
         self._board: board.Board | None = None
         self.epoch = 0
         self._mended = False  # whether a lost server is replaced, as servers have said
@@ -138,7 +146,7 @@ class ParameterServer:
     def empty(self, numel: int, dtype: torch.dtype, key: str, device: torch.device | str = "cpu") -> Tensor:
         device = torch.device(device)
         if device.type == "cpu" and numel:
-            with self._lock:
+            with self.lock:
                 self.check()
                 made = self.shared_bytes(numel * dtype.itemsize)
             if made is not None:
@@ -147,7 +155,7 @@ class ParameterServer:
 
     def all_reduce(self, flat: Tensor, key: str) -> Work:
         check_flat(flat, key)
-        with self._lock:
+        with self.lock:
             self.check()
             if self._board is not None and flat.nbytes <= board.MOST_BYTES and flat.device.type == "cpu" and len(flat):
                 return self._show(self._board, flat, key)
@@ -157,9 +165,7 @@ class ParameterServer:
                 self._start_from_device(flat, key, call, transfer)
             else:
                 self._start(flat, key, call, transfer)
-            self._push_device_copies()
-            for link in self.links:
-                link.receive()
+            self.take_what_came()
             return transfer
 
     def close(self) -> None:
@@ -171,7 +177,7 @@ class ParameterServer:
 
         What `empty` gave before still works, but is copied; take new buffers.
         """
-        with self._lock:
+        with self.lock:
             self._drop_links(bye=None)
             self._reset()
             self.epoch = max(epoch, self.epoch)
@@ -180,7 +186,7 @@ class ParameterServer:
     def server_spans(self) -> list[list[Span]]:
         """See `TellsSpans`."""
         found: list[list[Span]] = []
-        with self._lock:
+        with self.lock:
             self.check()
             for link in self.links:
                 asked_s, told = time.monotonic(), _Told()
@@ -193,6 +199,21 @@ class ParameterServer:
         return found
 
     # -- for what is built on it --------------------------------------------------------------------------------------
+
+    def take_what_came(self) -> bool:
+        """Take the answers that have arrived, and send what waited for them; whether there were any.
+
+        Whoever has sent calls this before it lets go of the lock: libzmq tells of a message once, and perhaps in the
+        midst of a call that sends.
+        """
+        found = False
+        while True:
+            self._push_device_copies()
+            came = [link.receive() for link in self.links]
+            found = found or any(came)
+            fed = [box.feed() for box in self.outboxes]
+            if not any(fed):
+                return found
 
     def shared_bytes(self, nbytes: int) -> Tensor | None:
         """New shared memory that all servers have mapped; None where there is none."""
@@ -218,7 +239,7 @@ class ParameterServer:
 
     def on_host(self, flat: Tensor, key: str, then: Callable[[Tensor], None]) -> DeviceCopy | None:
         """Call `then` with the tensor as the host has it: at once, or when a device has copied it, by what is given."""
-        with self._lock:
+        with self.lock:
             self.check()
             if flat.device.type == "cpu":
                 then(flat)
@@ -261,11 +282,9 @@ class ParameterServer:
         if self._closed:
             self.check()
         deadline = time.monotonic() + self._timeout_s
-        with self._lock:
+        with self.lock:
             while not done():
-                self._push_device_copies()
-                came = [link.receive() for link in self.links]
-                if any(came):
+                if self.take_what_came():
                     deadline = time.monotonic() + self._timeout_s
                 elif not done() and not self._block(deadline, what):
                     silent = f"{', '.join(map(str, self.links))} silent for {self._timeout_s:g} s ({what})"
@@ -290,7 +309,6 @@ class ParameterServer:
 
     def _set_up_board(self) -> None:
         """Share a board with all workers, if they all see the same memory; it goes when the last of them does."""
-        self._share_with_all_or_none()
         made: lanes_.Segment | None = None
         size = board.nbytes(self.world_size)
         wanted = self.shares and board.possible() and self.on_loss != "drop" and self.world_size > 1
@@ -308,9 +326,6 @@ class ParameterServer:
                 made.unlink()
         if made is not None and all(row[0] for row in seen):
             self._board = board.Board(made.bytes, self.rank, self.world_size)
-        self.traffic.sent.clear()
-        self.traffic.received.clear()
-        self._calls.clear()
 
     def _show(self, on: board.Board, flat: Tensor, key: str) -> Work:
         if not on.has_room(key):
@@ -327,7 +342,7 @@ class ParameterServer:
         start = time.monotonic()
         told = False
         looks = 0
-        with self._lock:
+        with self.lock:
             self.check()
             while not done():
                 looks += 1
@@ -361,7 +376,9 @@ class ParameterServer:
                 transfer.staged = (data, source, flat)
         dtype = str(flat.dtype).removeprefix("torch.")
         itemsize = flat.element_size()
-        for range_ in self._cut(flat, key):
+        cut = self._cut(flat, key)
+        first = self.rank % len(cut) if cut else 0  # not all workers begin with the same server
+        for range_ in (*cut[first:], *cut[:first]):
             link = self.links[range_.server]
             part = source[range_.start : range_.stop]
             transfer.missing += 1
@@ -369,11 +386,14 @@ class ParameterServer:
                 where = (place.segment, place.offset + range_.start * itemsize, part.numel())
                 link.ask(wire.AddShared, key, call, 0, dtype, *where, take=transfer.is_done)
                 continue
-            pieces = wire.parts_of(part)
+            most = self._part_bytes if link.over_network else wire.PART_BYTES
+            pieces = wire.parts_of(part, most)
             transfer.missing += len(pieces) - 1
+            box, window = self.outboxes[range_.server], window_bytes(most) if link.over_network else 0
             for number, piece in enumerate(pieces):
-                self.await_credit(link, key)
-                link.ask(wire.Add, key, call, number, dtype, take=_Into(piece, transfer), payload=piece)
+                send = functools.partial(link.ask, wire.Add, key, call, number, dtype)
+                box.put(piece.nbytes, window, functools.partial(send, take=_Into(piece, transfer), payload=piece))
+            box.feed()
         self.traffic.count(key, flat.nbytes, flat.nbytes)
 
     def _start_from_device(self, flat: Tensor, key: str, call: int, transfer: _Transfer) -> None:
@@ -459,7 +479,20 @@ class ParameterServer:
         if self._mended:
             for link in self.links:
                 link.rewinds_to = self.epoch + 1
+        self.outboxes = [Outbox(link) for link in self.links]
+        self._settle()
+
+    def _settle(self) -> None:
+        """What workers find out together once all are there: how they reach the servers, and how fast."""
+        self._share_with_all_or_none()
         self._set_up_board()
+        self._part_bytes = wire.PART_BYTES
+        if any(link.over_network and not link.shares for link in self.links):
+            self._part_bytes = learn_part_bytes(self)
+            self._pump = Pump(self.lock, [link.socket for link in self.links], self.take_what_came)
+        self._calls.clear()
+        self.traffic.sent.clear()
+        self.traffic.received.clear()
 
     def _block(self, deadline: float, what: str) -> bool:
         """Wait for a message or for trouble; whether there was still time."""
@@ -500,7 +533,10 @@ class ParameterServer:
             self._on_close()
 
     def _drop_links(self, bye: str | None) -> None:
-        links, self.links = self.links, []
+        if self._pump is not None:
+            self._pump.stop()
+            self._pump = None
+        links, self.links, self.outboxes = self.links, [], []
         context, self._context = self._context, None
         for link in links:
             link.close(bye)
@@ -533,7 +569,7 @@ class _Transfer:
         self._callback: Callable[[], None] | None = None
 
     def when_done(self, callback: Callable[[], None]) -> None:
-        """See `Announces`. There is no thread that looks: it is called when the worker next takes what has come."""
+        """See `Announces`. It is called when the worker next takes what has come, or its pump does."""
         if self.missing:
             self._callback = callback
         else:
@@ -548,12 +584,12 @@ class _Transfer:
 
     def is_done(self, answer: Answer, payload: memoryview | None) -> None:
         """A part of it has been summed."""
-        self.missing -= 1
-        if not self.missing and self.staged is not None:
+        if self.missing == 1 and self.staged is not None:
             data, copy, flat = self.staged
             self.staged = None
             flat.copy_(copy)
             self._comm.give_back(data)
+        self.missing -= 1  # last: who waits may look without the lock
         if not self.missing and self._callback is not None:
             self._callback()
 

@@ -21,6 +21,7 @@ from dtrain.ps import wire
 from dtrain.ps.holder import CHUNK_ELEMENTS
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.link import Link, Take, copy_into
+from dtrain.ps.outbox import window_bytes
 from dtrain.ps.placement import Range, grain, place, table
 from dtrain.ps.update import (
     Piece,
@@ -145,9 +146,20 @@ class Hosting:
                 offset = where.offset + range_.start * flat.element_size()
                 self._ask(link, wire.PushShared, self.steps, bucket, flags, where.segment, offset)
             else:
-                for number, part in enumerate(wire.parts_of(flat[range_.start : range_.stop])):
-                    self._comm.await_credit(link, f"bucket {bucket}")
-                    self._ask(link, wire.Push, self.steps, bucket, number, flags, payload=part)
+                self._send(link, bucket, flat[range_.start : range_.stop], flags)
+        self._comm.take_what_came()
+
+    def _send(self, link: Link, bucket: int, flat: Tensor, flags: bytes) -> None:
+        """Push by the socket: over a network, where buckets are used one by one, when the ones before have been."""
+        step = self.steps
+
+        def send() -> None:
+            for number, part in enumerate(wire.parts_of(flat)):
+                self._ask(link, wire.Push, step, bucket, number, flags, payload=part)
+
+        box = self._comm.outboxes[link.server]
+        box.put(flat.nbytes, window_bytes(flat.nbytes) if link.over_network and self._rules.early else 0, send)
+        box.feed()
 
     def finish(self) -> None:
         self._comm.flush()
@@ -335,14 +347,15 @@ class Hosting:
         payload: Tensor | None = None,
     ) -> None:
         """A request that is waited for by `_await`."""
-        self._owed += 1
 
         def taken(answer: Answer, data: memoryview | None) -> None:
             if take is not None:
                 take(answer, data)
             self._owed -= 1
 
-        link.ask(kind, *fields, take=taken, payload=payload)
+        with self._comm.lock:
+            self._owed += 1
+            link.ask(kind, *fields, take=taken, payload=payload)
 
     def _query(self, link: Link, kind: type[wire.Request], *fields: object, payload: Tensor | None = None) -> None:
         """A request whose answer is wanted from `_gather`; one at a time to each server."""
@@ -350,7 +363,8 @@ class Hosting:
         def taken(answer: Answer, data: memoryview | None) -> None:
             self._answers[link.server] = (answer, b"" if data is None else bytes(data))
 
-        link.ask(kind, *fields, take=taken, payload=payload)
+        with self._comm.lock:
+            link.ask(kind, *fields, take=taken, payload=payload)
 
     def _gather(self, what: str, count: int | None = None) -> list[tuple[Answer, bytes]]:
         """The answers of all servers, or of those that were asked, in the order of servers."""

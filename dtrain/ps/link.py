@@ -1,7 +1,7 @@
 """A worker's connection to one server: numbered requests, each answered once, sent again when the network lost them.
 
-There is no thread of ours here: libzmq's own sends and receives while the worker computes, and what has arrived is
-taken when somebody waits.
+libzmq's own threads send and receive while the worker computes. What has arrived is taken when somebody waits, or by
+the client's pump where links are networks.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ class Link:
         self._joining = joining
         self.rewinds_to = rewinds_to
         self._who = f"the server at {address}"
-        self._over_network = address.startswith("tcp://")
-        self._checksums = self._over_network
+        self.over_network = address.startswith("tcp://")
+        self.unanswered_bytes = 0
+        """Payloads of what was asked and is not answered."""
         self._asked: dict[int, _Asked] = {}
         self._next = 0
         self._window: deque[tuple[int, int]] = deque()  # (seq, bytes) that the server may still hold for us
@@ -194,9 +195,10 @@ class Link:
         data = None if payload is None else wire.bytes_of(payload)
         checksum: tuple[int, ...] = ()
         if data is not None:
-            checksum = (wire.checksum_of(data) if self._checksums else 0,)
+            checksum = (wire.checksum_of(data) if self.over_network else 0,)
             self._window.append((seq, len(data)))
             self._window_bytes += len(data)
+            self.unanswered_bytes += len(data)
         if not self._asked:
             self._quiet_since = time.monotonic()
         message = kind(seq, next(iter(self._asked), seq), *fields, *checksum)
@@ -259,7 +261,7 @@ class Link:
         if self._away_s is None:
             self._nudge(now)
             return
-        grace_s = sockets.GRACE_S if self._over_network else 0.0
+        grace_s = sockets.GRACE_S if self.over_network else 0.0
         if now - self._away_s >= grace_s:
             self.receive()  # what came before the end, the reason for it perhaps
             text = f"worker {self._joining.rank}: {self._who} is gone while this worker waited for {waits_for}"
@@ -267,7 +269,7 @@ class Link:
 
     def _nudge(self, now: float) -> None:
         """Send the oldest request again after a long silence: a message can be lost though the connection is not."""
-        if self._over_network and self._asked and now - self._quiet_since > self._nudge_s:
+        if self.over_network and self._asked and now - self._quiet_since > self._nudge_s:
             seq, oldest = next(iter(self._asked.items()))
             self._put(oldest.message, oldest.payload)
             self._quiet_since = now
@@ -308,6 +310,7 @@ class Link:
             raise wire.Damaged(f"{type(answer).__name__} without its payload")
         asked.take(answer, payload)
         del self._asked[answer.seq]
+        self.unanswered_bytes -= 0 if asked.payload is None else len(asked.payload)
         nudged, self._nudged = self._nudged, None
         self._quiet_since, self._nudge_s = time.monotonic(), _NUDGE_S
         if nudged is not None and nudged[0] == answer.seq and self._quiet_since - nudged[1] < _SUSPICIOUS_S:

@@ -487,8 +487,8 @@ def checksum_of(payload: memoryview) -> int:
     return zlib.crc32(payload[whole:], zlib.crc32(np.add.reduce(words, axis=1).data)) or 1
 
 
-def parts_of(flat: Tensor) -> list[Tensor]:
-    """A flat tensor cut into the parts that travel; views of it."""
+def parts_of(flat: Tensor, most_bytes: int | None = None) -> list[Tensor]:
+    """A flat tensor cut into the parts that travel, of at most so many bytes (`PART_BYTES`); views of it."""
     if flat.numel() == 0:
         return []
-    return list(flat.split(max(1, PART_BYTES // flat.element_size())))
+    return list(flat.split(max(1, (most_bytes or PART_BYTES) // flat.element_size())))

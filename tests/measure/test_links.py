@@ -16,7 +16,7 @@ sys.path.insert(0, str(_SCRIPTS))
 emulated: ModuleType = importlib.import_module("hosts")
 sys.path.remove(str(_SCRIPTS))
 
-_PART_BYTES = 2**20  # what a server sums and sends back at a time
+_PART_BYTES = 2**16  # what a server sums and sends back at a time, over a link so slow
 _RATE = "48mbit"
 
 

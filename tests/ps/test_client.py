@@ -51,7 +51,7 @@ def impostor(answers: Answers) -> Iterator[str]:
 @pytest.fixture
 def no_board(monkeypatch: pytest.MonkeyPatch) -> None:
     """The impostor knows nothing of how workers of one host find each other."""
-    monkeypatch.setattr(ParameterServer, "_set_up_board", lambda worker: None)
+    monkeypatch.setattr(ParameterServer, "_settle", lambda worker: None)
 
 
 WELCOME = wire.Welcome("here", 1, 0, 2**30, "", "fail")

@@ -267,7 +267,7 @@ def test_keys_that_do_not_fit(
 @pytest.fixture
 def no_board(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker by hand knows nothing of how workers of one host find each other."""
-    monkeypatch.setattr(ParameterServer, "_set_up_board", lambda worker: None)
+    monkeypatch.setattr(ParameterServer, "_settle", lambda worker: None)
 
 
 class Member:

@@ -1,0 +1,289 @@
+"""Sums of a gradient on emulated hosts: ring all-reduce against parameter servers, each as a fraction of its bound.
+
+    python benchmarks/links.py                                   8 workers at 200 Mbit/s, and the scaling, ten minutes
+    python benchmarks/links.py --quick                           4 workers, one minute
+    python benchmarks/links.py --workers 8 --rate 200mbit --mb 10 40 --json F --picture P
+
+Each worker is one host, with a link of the given rate in each direction (`hosts.py`: network namespaces, real
+processes, real sockets). Contenders take turns in the same processes, round by round, after a barrier; a round takes as
+long as its slowest worker.
+
+    gloo           torch.distributed.all_reduce, the baseline
+    allreduce      dtrain over gloo
+    ps K apart     K parameter servers, on hosts of their own
+    ps N together  a server beside each worker, which share the host's link
+
+Bounds, for n workers, a gradient of M bytes and links of B bytes a second each way, with nothing but the links:
+ring 2(n-1)/n M/B (Patarasuk and Yuan 2009); K servers apart max(1, n/K) M/B, results travelling while gradients still
+come in; a server beside each worker 2(n-1)/n M/B (Jiang et al., OSDI 2020, section 2). "of bound" is the bound over the
+median: 100 % is perfect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import common
+import torch
+import torch.distributed as dist
+from hosts import Hosts, Process, available, environment, finish, hosts, server_hosts
+
+import dtrain
+from dtrain.comm import collectives
+from dtrain.ps.client import ParameterServer
+from dtrain.tables import table
+
+TIMEOUT_S = 120.0
+WARMUP = 1
+GOALS = {"ps N apart, of bound": 0.90, "ps N apart, times gloo's speed": 1.5, "ps N together, of bound": 0.90}
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Where servers are."""
+
+    servers: int
+    placement: str
+
+    def name(self) -> str:
+        return f"ps {self.servers} {self.placement}"
+
+    def bound(self, workers: int) -> float:
+        """In times that the gradient takes over a link."""
+        return max(1.0, workers / self.servers) if self.placement == "apart" else ring(workers)
+
+
+def ring(workers: int) -> float:
+    return 2 * (workers - 1) / workers
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is told."""
+
+    folder: str
+    workers: int
+    numels: list[int]
+    rounds: int
+    addresses: dict[str, list[str]]
+    """Of the servers of each wiring."""
+
+
+# -- a worker ---------------------------------------------------------------------------------------------------------
+
+
+def work(task: Task) -> None:
+    """Measure everything, and leave the durations in the job's folder."""
+    torch.set_num_threads(1)
+    comm = dtrain.connect("allreduce", timeout_s=TIMEOUT_S)
+    servers = {
+        name: ParameterServer(addresses, comm.rank, task.workers, timeout_s=TIMEOUT_S, lanes="off")
+        for name, addresses in task.addresses.items()
+    }
+    try:
+        found = [_measure(task, comm, servers, numel) for numel in task.numels]
+        Path(task.folder, f"{comm.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+        collectives.barrier(comm)
+    finally:
+        for server in servers.values():
+            server.close()
+        comm.close()
+
+
+def _measure(
+    task: Task, comm: dtrain.Backend, servers: dict[str, ParameterServer], numel: int
+) -> dict[str, list[float]]:
+    """Seconds of each contender, by round."""
+    flat = torch.empty(numel)
+    pattern = torch.arange(numel, dtype=torch.float32) % 1000
+    calls: dict[str, Callable[[], None]] = {"gloo": lambda: dist.all_reduce(flat)}
+    calls["allreduce"] = lambda: comm.all_reduce(flat, "gradient/sum").wait()
+    for name, server in servers.items():
+        calls[name] = lambda server=server: server.all_reduce(flat, "gradient/sum").wait()  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(WARMUP + task.rounds):
+        first = number % len(names)
+        for name in (*names[first:], *names[:first]):
+            torch.add(pattern, comm.rank + number, out=flat)
+            collectives.barrier(comm)
+            start_s = time.perf_counter()
+            calls[name]()
+            taken_s = time.perf_counter() - start_s
+            rest = task.workers * (task.workers - 1) // 2 + task.workers * number
+            low, high = flat.sub_(pattern, alpha=task.workers).aminmax()
+            if not low.item() == high.item() == rest:
+                raise RuntimeError(f"{name}: wrong sum: {low.item()} to {high.item()}, not {rest}")
+            if number >= WARMUP:
+                times[name].append(taken_s)
+    return times
+
+
+# -- a job ------------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    workers: int, rate: str, numels: Sequence[int], wirings: Sequence[Wiring], rounds: int
+) -> Iterator[common.Row]:
+    """Rows for one number of workers and one rate."""
+    count = max([workers, *(workers + w.servers for w in wirings if w.placement == "apart")])
+    with hosts(count, rate=rate) as h, tempfile.TemporaryDirectory() as folder:
+        with h.watch() as use:
+            found = _job(h, Path(folder), workers, numels, wirings, rounds)
+        carried = statistics.fmean(h.throughput([(i, (i + 1) % workers) for i in range(workers)], seconds=2.0))
+        for index, numel in enumerate(numels):
+            slowest = {
+                name: [max(times) for times in zip(*(worker[index][name] for worker in found), strict=True)]
+                for name in found[0][index]
+            }
+            for name, times in slowest.items():
+                factor = next((w.bound(workers) for w in wirings if w.name() == name), ring(workers))
+                bound_s = factor * numel * 4 / h.rate_bytes_per_s
+                median_s = statistics.median(times)
+                yield {
+                    "workers": workers,
+                    "rate": rate,
+                    "bytes": numel * 4,
+                    "contender": name,
+                    "median_ms": median_s * 1e3,
+                    "min_ms": min(times) * 1e3,
+                    "max_ms": max(times) * 1e3,
+                    "bound_ms": bound_s * 1e3,
+                    "of_bound": bound_s / median_s,
+                    "ratio": statistics.median(g / t for g, t in zip(slowest["gloo"], times, strict=True)),
+                    "rounds": len(times),
+                    "carried": carried / h.rate_bytes_per_s,
+                    **use.figures(),
+                }
+
+
+def _job(
+    h: Hosts, folder: Path, workers: int, numels: Sequence[int], wirings: Sequence[Wiring], rounds: int
+) -> list[list[dict[str, list[float]]]]:
+    addresses: dict[str, list[str]] = {}
+    processes: list[Process] = []
+    for wiring in wirings:
+        places = server_hosts(
+            len(h),
+            workers=workers,
+            servers=wiring.servers,
+            placement=wiring.placement,  # type: ignore[arg-type]
+        )
+        addresses[wiring.name()] = binds = [f"tcp://{h.address(host)}:{h.port()}" for host in places]
+        for number, (host, bind) in enumerate(zip(places, binds, strict=True)):
+            flags = ["--workers", workers, "--server", number, "--servers", wiring.servers, "--bind", bind]
+            words = [sys.executable, "-m", "dtrain", "server", *flags, "--insecure-no-encryption"]
+            inside = environment({"role": "server", "timeout_s": TIMEOUT_S}, threads=1)
+            processes.append(h.start(host, words, inside, name=f"server {number} of {wiring.name()}"))
+    task = Task(str(folder), workers, list(numels), rounds, addresses)
+    file = folder / "task.json"
+    file.write_text(json.dumps(asdict(task)), encoding="utf-8")
+    store = f"tcp://{h.address(0)}:{h.port()}"
+    for rank in range(workers):
+        place = {"backend": "allreduce", "rank": rank, "world_size": workers, "store": store, "job_id": "links"}
+        inside = environment({**place, "timeout_s": TIMEOUT_S}, threads=1)
+        command = [sys.executable, __file__, "--work", str(file)]
+        processes.append(h.start(rank, command, inside, name=f"worker {rank}"))
+    finish(processes, timeout_s=1800.0)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(workers)]
+
+
+def wirings_of(workers: int, servers: Sequence[int] | None) -> list[Wiring]:
+    counts = servers or sorted({k for k in (1, 2, 4, workers) if k <= workers})
+    return [*(Wiring(k, "apart") for k in counts), *([] if servers else [Wiring(workers, "together")])]
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[common.Row]) -> str:
+    """The rows as a table."""
+    head = ["workers", "rate", "MB", "contender", "median ms", "min ms", "bound ms", "of bound", "times gloo's speed"]
+    cells = [
+        [
+            *(str(row["workers"]), row["rate"], f"{row['bytes'] / 1e6:.1f}", row["contender"]),
+            *(f"{row['median_ms']:.0f}", f"{row['min_ms']:.0f}", f"{row['bound_ms']:.0f}"),
+            *(f"{row['of_bound']:.0%}", f"{row['ratio']:.2f}"),
+        ]
+        for row in rows
+    ]
+    return table(head, cells, left=4)
+
+
+def draw(rows: Sequence[common.Row], file: Path) -> None:
+    """Bars with their bounds: a panel for each size, rate and number of workers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row["workers"], row["rate"], row["bytes"]) for row in rows))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 3.2 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        chosen = [row for row in rows if (row["workers"], row["rate"], row["bytes"]) == panel]
+        names = [row["contender"] for row in chosen]
+        colors = ["#888888" if not name.startswith("ps") else "#2a6f97" for name in names]
+        bars = axis.barh(names, [row["median_ms"] for row in chosen], color=colors)
+        axis.bar_label(bars, [f" {row['of_bound']:.0%}" for row in chosen], fontsize=7)
+        for place, row in enumerate(chosen):
+            axis.plot([row["bound_ms"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(f"{panel[0]} workers, {panel[1]}, {panel[2] / 1e6:.0f} MB", fontsize=9)
+        axis.set_xlabel("ms (line: bound)")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    flags = common.parser(__doc__ or "")
+    flags.add_argument("--workers", type=int, nargs="+", metavar="N")
+    flags.add_argument("--rate", nargs="+", help="payload of TCP each way: 200mbit, 1gbit")
+    flags.add_argument("--mb", type=float, nargs="+", help="size of the gradient in 10^6 bytes")
+    flags.add_argument("--servers", type=int, nargs="+", help="only so many servers, apart")
+    flags.add_argument("--rounds", type=int)
+    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw the medians, .png or .svg")
+    flags.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # this process is a worker
+    arguments = flags.parse_args()
+    if arguments.work:
+        work(Task(**json.loads(arguments.work.read_text(encoding="utf-8"))))
+        return
+    if (reason := available()) is not None:
+        flags.error(reason)
+    rows = list(_rows(arguments))
+    print("", show(rows), sep="\n")
+    if arguments.json:
+        common.write(arguments.json, rows, goals=GOALS)
+    if arguments.picture:
+        draw(rows, arguments.picture)
+
+
+def _rows(arguments: argparse.Namespace) -> Iterator[common.Row]:
+    quick = arguments.quick
+    rounds = arguments.rounds or (3 if quick else 7)
+    numels = [int(mb * 1e6 / 4) for mb in arguments.mb or ([4.0] if quick else [10.0, 40.0])]
+    for rate in arguments.rate or ["200mbit"]:
+        for workers in arguments.workers or ([4] if quick else [8]):
+            rows = list(measure(workers, rate, numels, wirings_of(workers, arguments.servers), rounds))
+            first = rows[0]
+            print(
+                f"{workers} workers at {rate}: processors {first['busy']:.0%} busy, {first['stolen']:.0%} stolen; the "
+                f"links carried {first['carried']:.0%} of the rate",
+                flush=True,
+            )
+            yield from rows
+
+
+if __name__ == "__main__":
+    main()

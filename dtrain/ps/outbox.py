@@ -1,0 +1,76 @@
+"""What waits to be sent to one server, so that little is under way at a time over a network.
+
+A transfer's parts could all be handed to the kernel at once. Then each connection goes as fast as TCP lets it, which
+over one port is very uneven, and a server can answer a part only when it has it from the slowest worker: results would
+travel after the gradients instead of beside them. So a worker sends some parts, and the next ones when those are
+answered: nobody gets ahead of the slowest by more than a window, and queues in switches stay short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from dtrain.comm import collectives, parts
+from dtrain.comm.base import Backend
+from dtrain.ps import wire
+from dtrain.ps.link import Link
+
+_LONG_ENOUGH_S = 0.040
+"""Links of clouds let some tens of milliseconds' worth pass at once before they keep to their rate."""
+_MOST_TRIED_BYTES = 4 * 2**20
+
+
+def learn_part_bytes(comm: Backend) -> int:
+    """In parts of what size tensors are best sent to each server, by trying sums; all workers find the same.
+
+    It takes some tens of milliseconds.
+    """
+    nbytes = parts.LEAST_BYTES
+    while True:
+        flat = torch.zeros(nbytes, dtype=torch.uint8)
+        start_s = time.perf_counter()
+        comm.all_reduce(flat, "metric/rate").wait()
+        taken_us = int((time.perf_counter() - start_s) * 1e6)
+        slowest_us = max(1, *(row[0] for row in collectives.gather_numbers(comm, [taken_us], "metric/rate")))
+        if slowest_us * 1e-6 >= _LONG_ENOUGH_S or nbytes >= _MOST_TRIED_BYTES:
+            break
+        nbytes *= 4
+    return min(wire.PART_BYTES, parts.part_bytes(nbytes / (slowest_us * 1e-6)))
+
+
+def window_bytes(nbytes: int) -> int:
+    """What may be unanswered of a server over a network, of messages of that size."""
+    return parts.UNDER_WAY * max(parts.LEAST_BYTES, nbytes)
+
+
+class Outbox:
+    """Sends to one server in the order of `put`, as far as its window and its credit allow."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._waiting: deque[tuple[int, int, Callable[[], None]]] = deque()
+
+    def put(self, nbytes: int, window_bytes: int, send: Callable[[], None]) -> None:
+        """Call `send`, which sends that many bytes, when the server has answered enough of what it was sent.
+
+        Args:
+            window_bytes: that may be unanswered then, with these; one message always may. 0: any number.
+        """
+        self._waiting.append((nbytes, window_bytes, send))
+
+    def feed(self) -> bool:
+        """Send what may be sent now; whether there was anything."""
+        found = False
+        while self._waiting and self._link.has_credit:
+            nbytes, window_bytes, send = self._waiting[0]
+            under_way = self._link.unanswered_bytes
+            if window_bytes and under_way and under_way + nbytes > window_bytes:
+                break
+            self._waiting.popleft()
+            send()
+            found = True
+        return found

@@ -1,0 +1,135 @@
+"""What is under way over a network: bounded, in parts that suit the link, and taken while the program computes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from dtrain.comm.base import Backend
+from dtrain.errors import CommError
+from dtrain.ps import wire
+from dtrain.ps.outbox import Outbox, learn_part_bytes, window_bytes
+from tests.conftest import everywhere
+from tests.ps.serving import Running, all_of, listens_at, process, work_and_leave, workers_of
+
+
+@dataclass
+class FakeLink:
+    unanswered_bytes: int = 0
+    has_credit: bool = True
+    sent: list[int] = field(default_factory=list)
+
+    def send(self, nbytes: int) -> None:
+        self.sent.append(nbytes)
+        self.unanswered_bytes += nbytes
+
+    def answer(self) -> None:
+        self.unanswered_bytes -= self.sent.pop(0)
+
+
+def test_so_much_is_under_way_and_no_more():
+    link = FakeLink()
+    box = Outbox(link)  # type: ignore[arg-type]
+    for nbytes in (40, 40, 40, 500, 40):
+        box.put(nbytes, 100, lambda nbytes=nbytes: link.send(nbytes))  # type: ignore[misc]
+    assert box.feed()
+    assert link.sent == [40, 40]
+    assert not box.feed()
+    link.answer()
+    box.feed()
+    assert link.sent == [40, 40]
+    link.answer()
+    link.answer()
+    box.feed()
+    assert link.sent == [500], "a message that is larger than the window goes alone"
+    link.answer()
+    link.has_credit = False
+    assert not box.feed()
+    link.has_credit = True
+    assert box.feed()
+    assert link.sent == [40]
+
+
+def test_without_a_window_all_is_sent():
+    link = FakeLink()
+    box = Outbox(link)  # type: ignore[arg-type]
+    for _ in range(5):
+        box.put(10**9, 0, lambda: link.send(10**9))
+    assert box.feed()
+    assert len(link.sent) == 5
+
+
+class _Paced:
+    """A Backend that takes as long as a link of that rate would."""
+
+    def __init__(self, inner: Backend, bytes_per_s: float) -> None:
+        self._inner = inner
+        self._bytes_per_s = bytes_per_s
+        self.rank, self.world_size = inner.rank, inner.world_size
+
+    def all_reduce(self, flat: Tensor, key: str) -> object:
+        time.sleep(flat.nbytes / self._bytes_per_s)
+        return self._inner.all_reduce(flat, key)
+
+
+def learnt(comm: Backend, rates: list[float]) -> int:
+    return learn_part_bytes(_Paced(comm, rates[comm.rank]))  # type: ignore[arg-type]
+
+
+def test_parts_are_what_passes_in_a_millisecond():
+    found = everywhere(lambda comm: learnt(comm, [2e8, 2e8]), backend="threads")
+    assert len(set(found)) == 1
+    assert 64 * 2**10 <= found[0] <= 200_000  # sleep is never too short
+
+
+def test_the_slowest_worker_counts_and_small_parts_have_a_bound():
+    assert everywhere(lambda comm: learnt(comm, [1e12, 1e7]), backend="threads") == [64 * 2**10] * 2
+
+
+def test_parts_are_never_longer_than_a_message():
+    assert everywhere(lambda comm: learnt(comm, [1e15, 1e15]), backend="threads")[0] <= wire.PART_BYTES
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr("dtrain.ps.client.learn_part_bytes", lambda comm: 64 * 2**10)
+    return 64 * 2**10
+
+
+def test_sums_go_on_while_the_program_computes(small_parts: int):
+    """Without anybody waiting, and with a window's worth under way at most."""
+    running = Running("tcp://127.0.0.1:0")
+    workers = workers_of(running.address, lanes="off")
+    flats = [torch.arange(2**19, dtype=torch.float32) * (w.rank + 1) for w in workers]
+    works = [w.all_reduce(f, "gradient/0") for w, f in zip(workers, flats, strict=True)]
+    most = 0
+    deadline = time.monotonic() + 20
+    while any(work.missing for work in works):  # type: ignore[attr-defined]
+        most = max(most, *(link.unanswered_bytes for w in workers for link in w.links))
+        assert time.monotonic() < deadline, "nothing is taken before somebody waits"
+        time.sleep(0.001)
+    assert 0 < most <= window_bytes(small_parts) == 4 * small_parts
+    assert all(torch.equal(f, torch.arange(2**19, dtype=torch.float32) * 3) for f in flats)
+    work_and_leave(workers)
+    assert running.ended() is None
+    assert not [t for t in threading.enumerate() if t.name == "dtrain-pump"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_pump_tells_the_program_of_a_server_that_is_gone():
+    with process("--bind", "tcp://127.0.0.1:0", "--workers", "2") as child:
+        workers = workers_of(listens_at(child), lanes="off")
+        flats = [torch.ones(2**20) for _ in workers]
+        first = workers[0].all_reduce(flats[0], "gradient/0")  # nobody else sends
+        child.kill()
+        child.wait(10)
+        started = time.monotonic()
+        with pytest.raises(CommError, match="is gone"):
+            first.wait()
+        assert time.monotonic() - started < 10
+        all_of(*(w.close for w in workers))
