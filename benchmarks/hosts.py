@@ -133,6 +133,10 @@ class Process:
         """Its exit code; -N when signal N ended it."""
         return self.popen.wait(timeout_s)
 
+    @property
+    def ended(self) -> bool:
+        return self.popen.poll() is not None
+
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, number)
@@ -151,6 +155,7 @@ class Hosts:
         self._holders: list[subprocess.Popen[bytes]] = []
         self._pids: list[int] = []  # of process 1 on each host, as seen from here
         self._processes: list[Process] = []
+        self._places: list[int] = []  # the host of each
         self._ports = itertools.count(20000)
         own = ("--user", "--map-root-user") if user_namespace else ()
         bridge = "ip link add switch type bridge && ip link set switch up && "
@@ -211,7 +216,16 @@ class Hosts:
         )
         process = Process(popen, name or f"{words[0]} on host {host}", output)
         self._processes.append(process)
+        self._places.append(host)
         return process
+
+    def on(self, host: int) -> list[Process]:
+        """What was started on a host and still runs."""
+        return [p for p, place in zip(self._processes, self._places, strict=True) if place == host and not p.ended]
+
+    def set_link(self, host: int, *, up: bool) -> None:
+        """Join a host's link to the switch, or take it off."""
+        self._do(self._enter(self._switch.pid, "--net"), f"ip link set port{host} {'up' if up else 'down'}")
 
     def run(
         self, host: int, command: Sequence[object], env: Mapping[str, str] | None = None, *, timeout_s: float = 60.0

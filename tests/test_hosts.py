@@ -20,6 +20,7 @@ RATE_BYTES_PER_S = 25e6
 
 sys.path.insert(0, str(SCRIPTS))
 emulated: ModuleType = importlib.import_module("hosts")
+trouble: ModuleType = importlib.import_module("trouble")
 Sample, Use = (getattr(importlib.import_module("watching"), name) for name in ("Sample", "Use"))
 sys.path.remove(str(SCRIPTS))
 
@@ -209,3 +210,49 @@ def test_what_was_used_is_told_from_samples():
     assert use.saturated == 0.5
     assert use.busy == pytest.approx(1.5 / 4)
     assert use.busy_while_saturated == pytest.approx(1.0 / 2)
+
+
+BUSY = "import time\nend = time.perf_counter() + 1.5\nwhile time.perf_counter() < end: pass\nprint(time.process_time())"
+
+
+@on_hosts
+def test_a_slow_host():
+    with emulated.hosts(1, rate="100mbit") as h:
+        with trouble.slow(h, 0, factor=4.0):
+            used_s = float(h.run(0, [sys.executable, "-c", BUSY]))
+        assert used_s < 0.6 * 1.5  # a quarter, and what starting took; never more for being disturbed
+        assert h.on(0) == []
+    with pytest.raises(ValueError, match=r"factor is 0\.5"), trouble.slow(h, 0, factor=0.5):
+        pass
+
+
+REACHES = "import socket, sys\nsocket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=float(sys.argv[3]))"
+LISTENS = """
+import socket, sys, time
+door = socket.create_server(("0.0.0.0", int(sys.argv[1])))
+print("on", flush=True)
+time.sleep(60)
+"""
+
+
+@on_hosts
+def test_a_link_that_is_cut_and_a_host_that_is_lost():
+    with emulated.hosts(2, rate="100mbit") as h:
+        listener = h.start(0, [sys.executable, "-c", LISTENS, 4000])
+        deadline_s = time.monotonic() + 20.0
+        while "on" not in listener.said() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        reach = [sys.executable, "-c", REACHES, h.address(0), 4000]
+        h.run(1, [*reach, 10])
+        trouble.cut(h, 0)
+        with pytest.raises(emulated.HostsError, match="ended with 1"):
+            h.run(1, [*reach, 1])
+        trouble.mend(h, 0)
+        h.run(1, [*reach, 20])
+        started_s = time.monotonic()
+        trouble.late(h, 0, seconds=0.2)
+        assert time.monotonic() - started_s >= 0.2
+        assert h.on(0) == [listener]
+        trouble.lose(h, 0)
+        assert h.on(0) == []
+        assert listener.ended

@@ -122,23 +122,21 @@ class Ledger:
         counts = np.where(here, table[:, :, _COUNT], -1)
         most = counts.max(axis=0, initial=-1)
         comparable = (most <= self._room) & ((counts == most) | ~here).all(axis=0)
-        moments = table[:, :, _HEAD:].reshape(*table.shape[:2], self._room, 3) + table[:, :, 1, None, None]
-        called, wait, done = np.moveaxis(moments, -1, 0)
-        exists = (np.arange(self._room) < table[:, :, _COUNT, None]) & here[:, :, None]
+        used = min(self._room, max(0, int(most.max(initial=0))))
+        moments = table[:, :, _HEAD : _HEAD + 3 * used].reshape(*table.shape[:2], used, 3) + table[:, :, 1, None, None]
+        called, wait, done = moments[..., 0], moments[..., 1], moments[..., 2]
+        exists = np.arange(used) < counts[:, :, None]
         called = np.where(exists, called, -np.inf)
         last, by = called.max(axis=0), called.argmax(axis=0)
-        with np.errstate(invalid="ignore"):  # infinities of transfers that are not there
-            waited = np.where(exists, np.clip(np.minimum(done, last) - wait, 0.0, None), 0.0)
-        waited = np.nan_to_num(waited)
+        waited = np.where(exists, np.maximum(np.minimum(done, last) - wait, 0.0), 0.0)
         self._blame(waited, by, comparable)
         return np.where(comparable, waited.sum(axis=2), -1.0)
 
     def _blame(self, waited: Array, by: np.ndarray[tuple[int, ...], np.dtype[np.intp]], comparable: Array) -> None:
         cost = waited.sum(axis=0)  # (steps, transfers): what all together waited for the last one
-        per_step = np.stack([np.where(by == rank, cost, 0.0).sum(axis=1) for rank in range(self._world_size)])
-        for step in np.flatnonzero(comparable):
-            worst = int(per_step[:, step].argmax())
-            if per_step[worst, step] > 0:
-                self.late[worst].steps += 1
-        for rank, seconds in enumerate(per_step[:, comparable].sum(axis=1)):
-            self.late[rank].cost_s += float(seconds)
+        ranks = np.arange(self._world_size)[:, None, None]
+        per_step = np.where(by == ranks, cost, 0.0).sum(axis=2)[:, comparable]
+        worst = per_step.argmax(axis=0)[per_step.max(axis=0, initial=0.0) > 0].tolist()
+        for rank, seconds in enumerate(per_step.sum(axis=1).tolist()):
+            self.late[rank].steps += worst.count(rank)
+            self.late[rank].cost_s += seconds

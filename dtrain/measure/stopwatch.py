@@ -122,7 +122,7 @@ class Stopwatch:
         step.number = number
         step.end = self._marks.now()
         step.transfers = self._meter.take()
-        step.traffic = {name: float(n - self._traffic[name]) for name, n in _bytes(self._meter).items()}
+        step.traffic = _between(self._traffic, _bytes(self._meter))
         self._steps.append(step)
 
     def take(self) -> list[StepTimes]:
@@ -157,11 +157,19 @@ def _read(transfer: Transfer, marks: Marks) -> Sent:
     return Sent(transfer.key, transfer.nbytes, called_s, started_s, wait_s, done_s, max(arrived_s, started_s))
 
 
-def _bytes(meter: Meter) -> dict[str, int]:
-    sent, received = meter.traffic.sent, meter.traffic.received
-    return {
-        "bytes_sent": sum(sent.values()),
-        "bytes_received": sum(received.values()),
-        **{f"sent_{lane}": sent[lane] for lane in LANES},
-        **{f"received_{lane}": received[lane] for lane in LANES},
-    }
+_Counts = tuple[dict[str, int], dict[str, int]]
+"""Bytes sent and received so far, by lane."""
+
+
+def _bytes(meter: Meter) -> _Counts:
+    return dict(meter.traffic.sent), dict(meter.traffic.received)
+
+
+def _between(before: _Counts, after: _Counts) -> dict[str, float]:
+    """What has been sent and received meanwhile, as a record has it."""
+    found = {}
+    for name, earlier, later in zip(("sent", "received"), before, after, strict=True):
+        found[f"bytes_{name}"] = float(sum(later.values()) - sum(earlier.values()))
+        for lane in LANES:
+            found[f"{name}_{lane}"] = float(later.get(lane, 0) - earlier.get(lane, 0))
+    return found

@@ -151,6 +151,7 @@ class Link:
             joining.num_servers,
             self._probe.name if self._probe else "",
         )
+        self._quiet_since = time.monotonic()
         self._put(self._hello, None)
 
     def _be_welcome(self, welcome: wire.Welcome) -> None:
@@ -269,12 +270,18 @@ class Link:
 
     def _nudge(self, now: float) -> None:
         """Send the oldest request again after a long silence: a message can be lost though the connection is not."""
-        if self.over_network and self._asked and now - self._quiet_since > self._nudge_s:
+        if not self.over_network or now - self._quiet_since <= self._nudge_s:
+            return
+        if self._asked:
             seq, oldest = next(iter(self._asked.items()))
             self._put(oldest.message, oldest.payload)
-            self._quiet_since = now
-            self._nudge_s *= 2
             self._nudged = (seq, now)
+        elif self.welcome is None and self._hello is not None:
+            self._put(self._hello, None)
+        else:
+            return
+        self._quiet_since = now
+        self._nudge_s *= 2
 
     def fail(self, error: DtrainError) -> None:
         """Remember what has ended this connection, and raise it."""

@@ -132,6 +132,23 @@ def test_what_the_server_says_of_the_end(told: wire.Message, kind: type[DtrainEr
 
 
 @pytest.mark.usefixtures("no_board")
+def test_a_lost_welcome_is_asked_for_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dtrain.ps.link._NUDGE_S", 0.2)
+    hellos: list[wire.Message] = []
+
+    def answers(message: wire.Message) -> list[list[bytes]]:
+        if isinstance(message, wire.Hello):
+            hellos.append(message)
+        return [[wire.encode(WELCOME)]] if len(hellos) == 2 else []
+
+    with impostor(answers) as address:
+        worker = joined(address)
+        assert len(hellos) == 2
+        assert hellos[0] == hellos[1]
+        worker.close()
+
+
+@pytest.mark.usefixtures("no_board")
 def test_an_answer_that_comes_twice_counts_once():
     asked: list[wire.Message] = []
 
