@@ -1,39 +1,56 @@
-"""A training step against torch's DistributedDataParallel over gloo: same model, data and processes, in one run.
+"""A training step against torch's DistributedDataParallel over gloo, and against torch RPC's parameter server: same
+model, data and processes, in one run.
 
-    python benchmarks/step.py                                  all-reduce, all cases, some minutes
-    python benchmarks/step.py --quick --json F                 one minute
+    python benchmarks/step.py                                  all-reduce, all cases, ten minutes or more
+    python benchmarks/step.py --quick --json F --picture P     one minute
     python benchmarks/step.py --contender server --case mlp --optimizer sgd adam
                                                                parameter servers that update, on shared memory
+    python benchmarks/step.py --peers                          against DDP alone
 
-Contenders: `allreduce` (gloo too), `ps` (servers sum, workers step) and `server` (servers sum and step). Both sides
-take turns in the same processes, on the same batch; DDP is left as it comes, and beside it with bucket views.
-A step is zero_grad, forward, loss, backward and an optimizer's step, each written as its documentation says:
-`loss.backward()` for DDP, `replica.backward(loss, samples=, total=)` for dtrain. A ratio below 1 means that dtrain's
-step is the shorter one.
+Contenders: `allreduce` (gloo too), `ps` (servers sum, workers step) and `server` (servers sum and step). Baselines:
+
+    DDP                  left as it comes
+    DDP, bucket views    with gradient_as_bucket_view
+    torch RPC            gradients to a server that sums and steps, parameters back, as torch's tutorial has it
+                         (`peers.py`); to be compared with `server`, which divides the work in the same way
+
+Contender and baseline take turns in the same processes, on the same batch. A step is zero_grad, forward, loss, backward
+and an optimizer's step, each written as its documentation says: `loss.backward()` for DDP, `replica.backward(loss,
+samples=, total=)` for dtrain. Afterwards the weights of both are compared: they did the same work. A ratio below 1
+means that dtrain's step is the shorter one.
 
 Where a model's memory happens to lie changes its step by some percent: two copies that run the same code differ. So
 each case is repeated in new processes, and whose model is made first alternates; the median is over all rounds.
+
+With `--device cuda` models and batches are on CUDA, one device for each worker, and DDP's gradients go over NCCL.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import common
+import peers
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 import dtrain
 from dtrain import recipes
 from dtrain.comm import collectives
+from dtrain.data import to_device
+
+Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -54,76 +71,168 @@ CASES = [
     Case("mlp 19 M, batch 64", {"model": "mlp"}, 64, 6, 5, 3),
     Case("resnet18, batch 8", {"model": "resnet", "image": "64"}, 8, 6, 5, 3),
     Case("resnet18, batch 32", {"model": "resnet", "image": "64"}, 32, 4, 4, 2),
+    Case("resnet50, batch 8", {"model": "resnet", "depth": "50", "image": "64"}, 8, 4, 4, 2),
     Case("lstm 19 M, batch 16", {"model": "lstm"}, 16, 2, 4, 2),
     Case("transformer 20 M, batch 8", {"model": "transformer"}, 8, 2, 4, 2),
 ]
 QUICK = [
-    Case("mlp 19 M, batch 64", {"model": "mlp"}, 64, 2, 4, 3),
-    Case("resnet18, batch 8", {"model": "resnet", "image": "64"}, 8, 2, 4, 3),
+    Case("mlp 19 M, batch 64", {"model": "mlp"}, 64, 2, 3, 2),
+    Case("resnet18, batch 8", {"model": "resnet", "image": "64"}, 8, 2, 3, 2),
 ]
 
 CONTENDERS = {"allreduce": "dtrain allreduce", "ps": "dtrain ps", "server": "dtrain ps, update on servers"}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, peers.MakeOptimizer] = {
     "sgd": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
     "adam": functools.partial(torch.optim.Adam, lr=1e-4),
 }
-BASELINES = {"DDP": False, "DDP, bucket views": True}
 
 
-def measure(
-    comm: dtrain.Backend, case: Case, repeat: int, contender: str, optimizer: str, folder: str
-) -> dict[str, common.Times]:
+_TOLERANCE = 0.01
+"""Orders of summation differ, and small differences grow with each step."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the workers of one job are told."""
+
+    case: Case
+    repeat: int
+    contender: str
+    optimizer: str
+    device: str
+    peers: list[str]
+    folder: str
+    """Where they meet."""
+
+
+# -- a worker ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker, and what all its steps share."""
+
+    comm: dtrain.Backend
+    task: Task
+    device: torch.device
+    batch: Any
+    loss: Callable[[nn.Module, Any], Tensor]
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self.task.optimizer](model.parameters())
+
+
+@contextlib.contextmanager
+def _dtrain(worker: Worker, model: nn.Module) -> Iterator[Step]:
+    optimizer = worker.optimizer(model)
+    update = dtrain.ServerUpdate(optimizer=optimizer) if worker.task.contender == "server" else "worker"
+    replica = dtrain.replicate(model, worker.comm, update=update)
+    samples = worker.task.case.batch
+    total = samples * worker.comm.world_size
+
+    def step() -> None:
+        optimizer.zero_grad()
+        replica.backward(worker.loss(model, worker.batch), samples=samples, total=total)
+        if replica.updates:
+            optimizer.step()
+        replica.publish()
+
+    yield step
+    replica.close()
+
+
+@contextlib.contextmanager
+def _ddp(worker: Worker, model: nn.Module, *, views: bool) -> Iterator[Step]:
+    devices = [worker.device] if worker.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=views)
+    optimizer = worker.optimizer(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        worker.loss(wrapped, worker.batch).backward()
+        optimizer.step()
+
+    yield step
+
+
+@contextlib.contextmanager
+def _rpc(worker: Worker, model: nn.Module) -> Iterator[Step]:
+    comm = worker.comm
+    with peers.RpcTrainer(model, worker.task.folder, comm.rank, comm.world_size) as trainer:
+        collectives.barrier(comm)
+        yield lambda: trainer.step(worker.loss(model, worker.batch))
+
+
+Make = Callable[[Worker, nn.Module], contextlib.AbstractContextManager[Step]]
+
+DDP: dict[str, Make] = {
+    "DDP": functools.partial(_ddp, views=False),
+    "DDP, bucket views": functools.partial(_ddp, views=True),
+}
+PEERS: dict[str, Make] = {"rpc": _rpc}
+
+
+def baselines(names: list[str]) -> dict[str, Make]:
+    """DDP, and the peers of these names."""
+    return DDP | {peers.NAMES[name]: PEERS[name] for name in names}
+
+
+def measure(comm: dtrain.Backend, task: Task) -> dict[str, common.Times]:
     """One worker: for each baseline, seconds a step of contender and baseline, by round."""
+    device = torch.device(task.device, comm.rank) if task.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = dist.FileStore(f"{folder}/store", comm.world_size)
-        dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.world_size)
+        store = dist.FileStore(f"{task.folder}/store", comm.world_size)
+        over = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(over, store=store, rank=comm.rank, world_size=comm.world_size)
+    case = task.case
     recipe = recipes.build("synthetic", **case.options)
     batch = recipe.train.batch(torch.arange(case.batch) + case.batch * comm.rank)  # type: ignore[attr-defined]
-    share = {"samples": case.batch, "total": case.batch * comm.world_size}
+    worker = Worker(comm, task, device, to_device(batch, device), recipe.loss)
     found = {}
-    for baseline, views in BASELINES.items():
-        models = [copy.deepcopy(recipe.model) for _ in range(2)]
-        own, other = models if repeat % 2 else models[::-1]
-        mine, theirs = (OPTIMIZERS[optimizer](model.parameters()) for model in (own, other))
-        update = dtrain.ServerUpdate(optimizer=mine) if contender == "server" else "worker"
-        replica = dtrain.replicate(own, comm, update=update)
-        wrapped = DistributedDataParallel(other, gradient_as_bucket_view=views)
-
-        def step(replica: dtrain.Replica = replica, model: nn.Module = own, optimizer: Optimizer = mine) -> None:
-            optimizer.zero_grad()
-            replica.backward(recipe.loss(model, batch), **share)
-            if replica.updates:
-                optimizer.step()
-            replica.publish()
-
-        def ddp_step(model: nn.Module = wrapped, optimizer: Optimizer = theirs) -> None:
-            optimizer.zero_grad()
-            recipe.loss(model, batch).backward()
-            optimizer.step()
-
-        times = common.alternate(step, ddp_step, rounds=case.rounds, steps=case.steps)
-        if _same(own, other) > 1e-3:
-            raise RuntimeError(f"{case.name}: the weights differ by {_same(own, other)}: not the same work")
-        replica.close()
+    for name, make in baselines(task.peers).items():
+        models = [copy.deepcopy(recipe.model).to(device) for _ in range(2)]
+        own, other = models if task.repeat % 2 else models[::-1]
+        with _dtrain(worker, own) as step, make(worker, other) as other_step:
+            both = (_complete(each, device) for each in (step, other_step))
+            times = common.alternate(*both, rounds=case.rounds, steps=case.steps)
+            _check(f"{case.name}, {name}", own, other, recipe.model.to(device))
         # A step is over when its slowest worker is done: the mean over workers of their own clocks.
-        both = collectives.sum_numbers(comm, [second / comm.world_size for side in times for second in side])
-        found[baseline] = both[: case.rounds], both[case.rounds :]
+        mean = collectives.sum_numbers(comm, [second / comm.world_size for side in times for second in side])
+        found[name] = mean[: case.rounds], mean[case.rounds :]
     return found
 
 
-def _same(a: nn.Module, b: nn.Module) -> float:
-    """Largest difference of a weight after equally many steps: both did the same work."""
-    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+def _complete(step: Step, device: torch.device) -> Step:
+    """The step, until the device has done it."""
+
+    def complete() -> None:
+        step()
+        torch.cuda.synchronize(device)
+
+    return complete if device.type == "cuda" else step
 
 
-def _rows(case: Case, arguments: argparse.Namespace, optimizer: str) -> list[common.Row]:
-    backend = "allreduce" if arguments.contender == "allreduce" else "ps"
-    runs = []
-    for repeat in range(case.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            what = (case, repeat, arguments.contender, optimizer, folder)
-            servers = arguments.servers if backend == "ps" else 1
-            runs.append(dtrain.run(measure, *what, workers=arguments.workers, backend=backend, servers=servers)[0])
+def _check(what: str, own: nn.Module, other: nn.Module, start: nn.Module) -> None:
+    """Whether both did the same work in equally many steps: near each other, by the way that they have come."""
+    apart, way = _distance(own, other), _distance(own, start)
+    if not apart < _TOLERANCE * way:
+        raise RuntimeError(f"{what}: the weights are {apart:.3g} apart, after a way of {way:.3g}: not the same work")
+
+
+def _distance(a: nn.Module, b: nn.Module) -> float:
+    """Norm of the difference of all weights."""
+    with torch.no_grad():
+        norms = [torch.norm(p - q) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+        return torch.norm(torch.stack(norms)).item()
+
+
+# -- a job ------------------------------------------------------------------------------------------------------------
+
+
+def _rows(case: Case, arguments: argparse.Namespace, optimizer: str, names: list[str]) -> list[common.Row]:
+    runs = [_run(case, repeat, arguments, optimizer, names) for repeat in range(case.repeats)]
     return [
         common.ratio_row(
             f"{case.name}, {optimizer}",
@@ -131,8 +240,58 @@ def _rows(case: Case, arguments: argparse.Namespace, optimizer: str) -> list[com
             baseline,
             common.join([run[baseline] for run in runs]),
         )
-        for baseline in BASELINES
+        for baseline in baselines(names)
     ]
+
+
+def _run(
+    case: Case, repeat: int, arguments: argparse.Namespace, optimizer: str, names: list[str]
+) -> dict[str, common.Times]:
+    """One repeat of a case, in new processes."""
+    backend = "allreduce" if arguments.contender == "allreduce" else "ps"
+    servers = arguments.servers if backend == "ps" else 1
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as folder, contextlib.ExitStack() as stack:
+        if "rpc" in names:
+            stack.enter_context(peers.rpc_server(folder, arguments.workers, OPTIMIZERS[optimizer]))
+        task = Task(case, repeat, arguments.contender, optimizer, arguments.device, names, folder)
+        return dtrain.run(measure, task, workers=arguments.workers, backend=backend, servers=servers)[0]
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[common.Row], file: Path) -> None:
+    """Bars: a group for each case, a bar for each baseline, with the range over rounds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = list(dict.fromkeys(row["baseline"] for row in rows))
+    height = 0.8 / len(names)
+    figure, axis = pyplot.subplots(figsize=(7, 1.5 + 0.7 * len(cases)), layout="constrained")
+    for index, name in enumerate(names):
+        chosen = [row for row in rows if row["baseline"] == name]
+        at = [cases.index(row["case"]) + (index - (len(names) - 1) / 2) * height for row in chosen]
+        medians = [row["ratio_median"] for row in chosen]
+        spread = [
+            [row["ratio_median"] - row["ratio_min"] for row in chosen],
+            [row["ratio_max"] - row["ratio_median"] for row in chosen],
+        ]
+        axis.barh(at, medians, height, xerr=spread, label=name, error_kw={"linewidth": 0.8, "ecolor": "#555555"})
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.set_yticks(range(len(cases)), cases)
+    axis.invert_yaxis()
+    axis.set_title(f"Step of {rows[0]['contender']}", fontsize=10)
+    axis.set_xlabel("its time over the baseline's: median and range (below 1: shorter)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -142,12 +301,28 @@ def main() -> None:
     flags.add_argument("--servers", type=int, default=1, help="for ps and server")
     flags.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd"])
     flags.add_argument("--case", default="", help="only cases whose name contains this")
+    flags.add_argument(
+        "--peers", choices=peers.NAMES, nargs="*", default=[*peers.NAMES], help="beside DDP (default: all)"
+    )
+    flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios, .png or .svg; needs matplotlib")
     arguments = flags.parse_args()
+    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
+        flags.error("--picture needs matplotlib: pip install 'dtrain[report]'")
+    if arguments.device == "cuda" and torch.cuda.device_count() < arguments.workers:
+        flags.error(f"{arguments.workers} workers, {torch.cuda.device_count()} CUDA devices: NCCL needs one for each")
+    absent = {peers.NAMES[name]: why for name in arguments.peers if (why := peers.absent(name))}
+    names = [name for name in arguments.peers if peers.NAMES[name] not in absent]
     rows = []
     for case in QUICK if arguments.quick else CASES:
         for optimizer in arguments.optimizer if arguments.case in case.name else []:
-            rows += _rows(case, arguments, optimizer)
-    common.record(rows, arguments.json, workers=arguments.workers, servers=arguments.servers)
+            rows += _rows(case, arguments, optimizer, names)
+    settings = {name: getattr(arguments, name) for name in ("workers", "servers", "device")}
+    common.record(rows, arguments.json, **settings, absent=absent)
+    for name, why in absent.items():
+        print(f"absent: {name}: {why}")
+    if arguments.picture and rows:
+        draw(rows, arguments.picture)
 
 
 if __name__ == "__main__":

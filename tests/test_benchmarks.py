@@ -33,7 +33,9 @@ def test_sync_measures_every_transport_beside_gloo(tmp_path: Path) -> None:
         assert ((1024, name) in measured) != (f"absent: {name}: " in done.stdout)
 
 
-@pytest.mark.parametrize("script", ["step.py", "sync.py", "norm.py", "norm_batch.py", "memory.py", "hosts.py"])
+@pytest.mark.parametrize(
+    "script", ["step.py", "sync.py", "norm.py", "norm_batch.py", "memory.py", "hosts.py", "links.py"]
+)
 def test_help(script: str) -> None:
     done = run(SCRIPTS / script, "--help")
     assert done.returncode == 0, done.stderr
@@ -81,3 +83,21 @@ def test_memory_measures_what_it_predicts() -> None:
     for part in ("parameters_bytes", "gradients_bytes", "optimizer_bytes", "buckets_bytes"):
         assert found[part] == predicted[0][part]
     assert found["growth_bytes"] > 0.3 * predicted[0]["activations_bytes"]
+
+
+@pytest.mark.slow
+def test_links_compares_every_wiring_with_its_bound(tmp_path: Path) -> None:
+    files = ("--json", tmp_path / "record", "--picture", tmp_path / "picture.png")
+    done = run(SCRIPTS / "links.py", "--quick", *files)
+    if "cannot emulate hosts" in done.stderr or "emulated hosts need" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = {row["contender"]: row for row in json.loads((tmp_path / "record").read_text(encoding="utf-8"))["rows"]}
+    m_over_b_ms = 2e6 / (50e6 / 8) * 1e3
+    factors = {"gloo": 1, "allreduce": 1, "ps 1 apart": 2, "ps 2 apart": 1, "ps 2 together": 1}  # 2 (n-1)/n is 1
+    assert {name: row["bound_ms"] / m_over_b_ms for name, row in rows.items()} == pytest.approx(factors)
+    for row in rows.values():
+        assert row["rounds"] == 3
+        assert row["of_bound"] == pytest.approx(row["bound_ms"] / row["median_ms"])
+        assert 0 < row["of_bound"] < 1.3  # what passes at once after a pause is 30 ms worth of the link
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
