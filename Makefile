@@ -2,13 +2,14 @@
 PYTHON ?= python3
 PIP_ARGS ?= -c constraints.txt
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 # Named by content, not by time: changing branches back and forth installs nothing.
 READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-all check format clean distclean
+.PHONY: help venv train test test-all bench check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +24,9 @@ test: $(READY) ## the tests of every commit (PYTEST_ARGS="-k ring -x")
 
 test-all: $(READY) ## every test, the slow ones too
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(READY) ## short benchmarks, ten minutes, and a page of what they found (BENCH_ARGS="--only sync norm")
+	$(BIN)/python benchmarks/page.py --run $(BENCH_ARGS)
 
 check: $(READY) ## style, types, and which module may import which
 	$(BIN)/ruff check

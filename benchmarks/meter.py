@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import common
+import pictures
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -201,6 +202,7 @@ def main() -> None:
     flags = common.parser(__doc__ or "")
     flags.add_argument("--workers", type=int, default=2)
     flags.add_argument("--repeats", type=int, help="times in new processes (default 2, with --quick 1)")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()
     cases = QUICK if arguments.quick else CASES
     run = functools.partial(dtrain.run, workers=arguments.workers)
@@ -219,6 +221,7 @@ def main() -> None:
     print("", show_truth(truth), sep="\n")
     if arguments.json:
         common.write(arguments.json, rows, workers=arguments.workers, torch_threads=1, truth=truth)
+    pictures.save("meter", rows, arguments.picture)
 
 
 def _cost_row(

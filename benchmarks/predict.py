@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
+import pictures
 from hosts import Hosts, Outcome, available, hosts, job
 
 from dtrain.measure.hardware import UNEVEN, Link
@@ -213,6 +214,7 @@ def main() -> None:
     flags.add_argument("--workers", type=int, nargs="+", default=[4, 8])
     flags.add_argument("--case", default="", help="only cases whose name contains this")
     flags.add_argument("--profiles", type=Path, metavar="DIR", help="keep probes there, and take them from there")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()
     if (reason := available()) is not None:
         flags.error(reason)
@@ -225,6 +227,7 @@ def main() -> None:
     )
     if arguments.json:
         common.write(arguments.json, rows, goals=GOALS, alpha_s=ALPHA_S)
+    pictures.save("predict", rows, arguments.picture)
 
 
 def _rows(arguments: argparse.Namespace) -> list[common.Row]:

@@ -274,16 +274,20 @@ def record(found: Sequence[Row]) -> dict[str, Any]:
 
 
 def main() -> None:
+    import pictures  # here: it is beside this script, and not where others import this module from
+
     parser = argparse.ArgumentParser(description="Published scaling against the model of `dtrain plan`.")
     parser.add_argument("--json", metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = parser.parse_args()
     found = rows()
     print(text(found))
     if arguments.json:
-        import common  # here: it is beside this script, and not where others import this module from
+        import common  # as above
 
         about = {"command": "python benchmarks/published.py", "commit": common.commit(), "versions": common.versions()}
         Path(arguments.json).write_text(json.dumps({**about, **record(found)}, indent=1) + "\n", encoding="utf-8")
+    pictures.save("published", record(found)["rows"], arguments.picture)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import pictures
 import torch
 
 import dtrain
@@ -147,6 +148,7 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, default=3)
     flags.add_argument("--lr", type=float, default=0.5)
     flags.add_argument("--batch", type=int, default=16, help="samples of a worker's step")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.step_ms, arguments.limit_s = 1, 40.0, 8.0
@@ -155,14 +157,15 @@ def main() -> None:
         for way in WAYS:
             runs = []
             for seed in range(arguments.seeds):
-                told = {**vars(arguments), "seed": seed, "folder": folder, "json": None}
+                told = {**vars(arguments), "seed": seed, "folder": folder, "json": None, "picture": None}
                 runs.append(dtrain.run(measure, way, told, workers=arguments.workers, backend=way.backend))
             rows.append(_row(way, runs))
             print(f"{way.name}: {rows[-1]['seconds']} s", flush=True)
     print(_table(rows))
     if arguments.json:
-        more = {k: v for k, v in vars(arguments).items() if k != "json"}
+        more = {k: v for k, v in vars(arguments).items() if k not in ("json", "picture")}
         common.write(arguments.json, rows, **more)
+    pictures.save("stragglers", rows, arguments.picture)
 
 
 def _row(way: Way, runs: list[list[dict[str, Any]]]) -> common.Row:
