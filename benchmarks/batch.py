@@ -446,9 +446,6 @@ def accumulate(spec: RunSpec, place: Place, seconds: float, *, normalised: bool)
 def differences(spec: RunSpec, place: Place, *, plain: bool) -> common.Row:
     """Some steps in micro-batches and in one: the largest difference of any weight, and the furthest one has moved."""
     recipe = spec.build()
-    for module in recipe.model.modules():
-        if isinstance(module, nn.ReLU):  # ghost groups may answer with a view, which autograd lets nobody change
-            module.inplace = False
     batch = spec.global_batch or recipe.global_batch
     data = whole(recipe.train, batch)
     steps = min(AGREEMENT_STEPS, len(data) // batch)

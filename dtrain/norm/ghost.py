@@ -137,7 +137,7 @@ class _Rows(torch.autograd.Function):
         ctx.sizes, ctx.eps = sizes, eps
         ctx.save_for_backward(x, weight, bias, means, variances, counts)
         ctx.mark_non_differentiable(means, variances)
-        return y.view_as(x), means, variances
+        return y.resize_(x.shape), means, variances  # a view could not be changed in place, as by a ReLU
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

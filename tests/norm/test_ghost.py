@@ -51,6 +51,22 @@ def test_each_group_is_a_batch_of_its_own(
         close(a.double(), b.double(), 1e-12)
 
 
+@pytest.mark.parametrize("least", [1, 10**9], ids=["by rows", "by groups"])
+@pytest.mark.parametrize("norm_batch", [3, 10, "global"])
+@pytest.mark.parametrize("kind", SHAPES.values(), ids=list(SHAPES))
+def test_a_relu_may_work_in_place_on_what_comes_out(
+    kind: tuple[type[nn.Module], tuple[int, ...]], norm_batch: int | str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.norm.ghost._LEAST", least)
+    make, shape = kind
+    layer, x = convert(plain_layer(make), norm_batch=norm_batch, micro_batch=1000), data(shape, 0)  # type: ignore[arg-type]
+    (y, dx), (y_wanted, dx_wanted) = (
+        run(nn.Sequential(layer, nn.ReLU(inplace=inplace)), x, torch.ones_like(x)) for inplace in (True, False)
+    )
+    close(y, y_wanted, 0)
+    close(dx, dx_wanted, 0)
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 2, 9]))
 def test_groups(samples: int, norm_batch: int, values: int) -> None:
     sizes = group_sizes(samples, norm_batch, values=values)
