@@ -128,8 +128,8 @@ class _Rows(torch.autograd.Function):
         variances = _gather(away.add_(row_m2s), sizes) / counts
         y = F.batch_norm(
             x.view(1, samples * channels, values),
-            _spread(means, sizes, x.dtype).view(-1),
-            _spread(variances, sizes, x.dtype).view(-1),
+            _spread(means, sizes, x.dtype).reshape(-1),
+            _spread(variances, sizes, x.dtype).reshape(-1),
             None if weight is None else weight.repeat(samples),
             None if bias is None else bias.repeat(samples),
             eps=eps,
@@ -147,7 +147,7 @@ class _Rows(torch.autograd.Function):
             return (*composed(x, weight, bias, dy, sizes, ctx.eps, ctx.needs_input_grad[:3]), None, None)
         samples, channels = x.shape[:2]
         inverses = (variances + ctx.eps).rsqrt()
-        mean, inverse = (_spread(t, sizes, kind).view(-1) for t in (means, inverses))
+        mean, inverse = (_spread(t, sizes, kind).reshape(-1) for t in (means, inverses))
         x_rows, dy_rows = (t.reshape(1, samples * channels, -1) for t in (x, dy))
         sums = gradient_sums(dy_rows, x_rows, mean, inverse)
         dy_x, dy_only = (_gather(t.view(samples, channels), sizes) for t in sums)
@@ -156,7 +156,7 @@ class _Rows(torch.autograd.Function):
             scale = inverses if weight is None else inverses * weight
             slope = -scale * inverses * dy_x / counts
             shift = -scale * dy_only / counts - slope * means
-            slope, shift, scale = (_spread(t, sizes, kind).view(-1) for t in (slope, shift, scale))
+            slope, shift, scale = (_spread(t, sizes, kind).reshape(-1) for t in (slope, shift, scale))
             dx = linear(x_rows, slope, shift, dy_rows, scale).view_as(x)
         dw = dy_x.sum(0).to(x.dtype) if ctx.needs_input_grad[1] else None
         db = dy_only.sum(0).to(x.dtype) if ctx.needs_input_grad[2] else None
