@@ -4,8 +4,8 @@ from __future__ import annotations
 
 LEAST_BYTES = 64 * 2**10
 MOST_BYTES = 2**20
-PART_S = 0.001
-"""A part is what is summed in this time: large enough for what a message costs (0.2 ms here), small enough that results
+PART_S = 0.002
+"""A part is what is summed in this time: large enough for what a message costs (0.3 ms here), small enough that results
 travel while gradients still come."""
 UNDER_WAY = 4
 """Parts that a worker may have unanswered at a server over a network."""

@@ -386,10 +386,10 @@ class ParameterServer:
                 where = (place.segment, place.offset + range_.start * itemsize, part.numel())
                 link.ask(wire.AddShared, key, call, 0, dtype, *where, take=transfer.is_done)
                 continue
-            most = self._part_bytes if link.over_network else wire.PART_BYTES
+            most = self._part_bytes if link.far else wire.PART_BYTES
             pieces = wire.parts_of(part, most)
             transfer.missing += len(pieces) - 1
-            box, window = self.outboxes[range_.server], window_bytes(most) if link.over_network else 0
+            box, window = self.outboxes[range_.server], window_bytes(most) if link.far else 0
             for number, piece in enumerate(pieces):
                 send = functools.partial(link.ask, wire.Add, key, call, number, dtype)
                 box.put(piece.nbytes, window, functools.partial(send, take=_Into(piece, transfer), payload=piece))
@@ -487,7 +487,7 @@ class ParameterServer:
         self._share_with_all_or_none()
         self._set_up_board()
         self._part_bytes = wire.PART_BYTES
-        if any(link.over_network and not link.shares for link in self.links):
+        if any(link.far and not link.shares for link in self.links):
             self._part_bytes = learn_part_bytes(self)
             self._pump = Pump(self.lock, [link.socket for link in self.links], self.take_what_came)
         self._calls.clear()

@@ -158,7 +158,7 @@ class Hosting:
                 self._ask(link, wire.Push, step, bucket, number, flags, payload=part)
 
         box = self._comm.outboxes[link.server]
-        box.put(flat.nbytes, window_bytes(flat.nbytes) if link.over_network and self._rules.early else 0, send)
+        box.put(flat.nbytes, window_bytes(flat.nbytes) if link.far and self._rules.early else 0, send)
         box.feed()
 
     def finish(self) -> None:

@@ -92,7 +92,9 @@ class Link:
         self._joining = joining
         self.rewinds_to = rewinds_to
         self._who = f"the server at {address}"
-        self.over_network = address.startswith("tcp://")
+        self._over_network = address.startswith("tcp://")
+        self.far = sockets.is_far(address)
+        """Whether it leads to another host, so that little should be under way at a time."""
         self.unanswered_bytes = 0
         """Payloads of what was asked and is not answered."""
         self._asked: dict[int, _Asked] = {}
@@ -196,7 +198,7 @@ class Link:
         data = None if payload is None else wire.bytes_of(payload)
         checksum: tuple[int, ...] = ()
         if data is not None:
-            checksum = (wire.checksum_of(data) if self.over_network else 0,)
+            checksum = (wire.checksum_of(data) if self._over_network else 0,)
             self._window.append((seq, len(data)))
             self._window_bytes += len(data)
             self.unanswered_bytes += len(data)
@@ -262,7 +264,7 @@ class Link:
         if self._away_s is None:
             self._nudge(now)
             return
-        grace_s = sockets.GRACE_S if self.over_network else 0.0
+        grace_s = sockets.GRACE_S if self._over_network else 0.0
         if now - self._away_s >= grace_s:
             self.receive()  # what came before the end, the reason for it perhaps
             text = f"worker {self._joining.rank}: {self._who} is gone while this worker waited for {waits_for}"
@@ -270,7 +272,7 @@ class Link:
 
     def _nudge(self, now: float) -> None:
         """Send the oldest request again after a long silence: a message can be lost though the connection is not."""
-        if not self.over_network or now - self._quiet_since <= self._nudge_s:
+        if not self._over_network or now - self._quiet_since <= self._nudge_s:
             return
         if self._asked:
             seq, oldest = next(iter(self._asked.items()))

@@ -84,6 +84,12 @@ def check_address(address: str, *, insecure_no_encryption: bool = False) -> str:
     return address
 
 
+def is_far(address: str) -> bool:
+    """Whether what goes to an address leaves this host, as far as the address tells."""
+    url = urlparse(address)
+    return url.scheme == "tcp" and not _is_loopback(url.hostname or "")
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

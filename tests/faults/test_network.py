@@ -46,6 +46,12 @@ def brief_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dtrain.ps.server._LAST_WORDS_S", 0.3)
 
 
+@pytest.fixture(autouse=True)
+def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies stand for a network: little is under way at a time, and answers are taken by a thread."""
+    monkeypatch.setattr("dtrain.ps.sockets.is_far", lambda address: True)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dead are found out sooner than by default."""
