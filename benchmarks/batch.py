@@ -60,7 +60,6 @@ import contextlib
 import copy
 import ctypes
 import gc
-import importlib.util
 import multiprocessing
 import statistics
 import sys
@@ -73,6 +72,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import common
+import pictures
 import psutil
 import torch
 from memory import batch_of
@@ -745,15 +745,13 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--workers", type=int, default=1, metavar="N", help="for threads (default 1)")
     flags.add_argument("--threads", type=int, metavar="N", help="processor threads of torch (default: as torch has it)")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw it, .png or .svg; needs matplotlib")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     return flags
 
 
 def _read(flags: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags, with defaults that depend on --quick; what was given stays."""
     arguments = flags.parse_args()
-    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
-        flags.error("--picture needs matplotlib: pip install 'dtrain[report]'")
     if arguments.backend == "solo" and arguments.workers != 1:
         flags.error(f"--workers {arguments.workers} needs --backend threads")
     if arguments.backend == "threads" and arguments.threads is not None:

@@ -444,11 +444,7 @@ def job(
     place = {"job_id": f"hosts-{h.port()}", "timeout_s": 60.0, "lanes": lanes}
     processes = []
     with h.watch() as use:
-        for number, (host, bind) in enumerate(zip(places, binds, strict=True)):
-            flags = ["--workers", workers, "--server", number, "--servers", servers, "--bind", bind]
-            words = [sys.executable, "-m", "dtrain", "server", *flags, "--insecure-no-encryption"]
-            inside = environment({**place, "role": "server"}, threads)
-            processes.append(h.start(host, words, inside, name=f"server {number}"))
+        processes += start_servers(h, places, binds, workers, environment({**place, "role": "server"}, threads))
         training = _worker_command(command, backend, lanes, run_dir)
         meeting = {"servers": ",".join(binds)} if servers else {"store": f"tcp://{h.address(0)}:{h.port()}"}
         for rank in range(workers):
@@ -461,6 +457,22 @@ def job(
         use=use,
         outputs={process.name: process.said() for process in processes},
     )
+
+
+def start_servers(
+    h: Hosts, places: Sequence[int], binds: Sequence[str], workers: int, env: Mapping[str, str], *, of: str = ""
+) -> list[Process]:
+    """The servers of one job, each at its address on its host.
+
+    Args:
+        of: which job, for their names.
+    """
+    started = []
+    for number, (host, bind) in enumerate(zip(places, binds, strict=True)):
+        flags = ["--workers", workers, "--server", number, "--servers", len(places), "--bind", bind]
+        words = [sys.executable, "-m", "dtrain", "server", *flags, "--insecure-no-encryption"]
+        started.append(h.start(host, words, env, name=f"server {number}{of}"))
+    return started
 
 
 def server_hosts(count: int, *, workers: int, servers: int, placement: Placement) -> list[int]:

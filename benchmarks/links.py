@@ -34,9 +34,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import common
+import pictures
 import torch
 import torch.distributed as dist
-from hosts import Hosts, Process, available, environment, finish, hosts, server_hosts
+from hosts import Hosts, Process, available, environment, finish, hosts, server_hosts, start_servers
 
 import dtrain
 from dtrain.comm import collectives
@@ -180,11 +181,8 @@ def _job(
             placement=wiring.placement,  # type: ignore[arg-type]
         )
         addresses[wiring.name()] = binds = [f"tcp://{h.address(host)}:{h.port()}" for host in places]
-        for number, (host, bind) in enumerate(zip(places, binds, strict=True)):
-            flags = ["--workers", workers, "--server", number, "--servers", wiring.servers, "--bind", bind]
-            words = [sys.executable, "-m", "dtrain", "server", *flags, "--insecure-no-encryption"]
-            inside = environment({"role": "server", "timeout_s": TIMEOUT_S}, threads=1)
-            processes.append(h.start(host, words, inside, name=f"server {number} of {wiring.name()}"))
+        inside = environment({"role": "server", "timeout_s": TIMEOUT_S}, threads=1)
+        processes += start_servers(h, places, binds, workers, inside, of=f" of {wiring.name()}")
     task = Task(str(folder), workers, list(numels), rounds, addresses)
     file = folder / "task.json"
     file.write_text(json.dumps(asdict(task)), encoding="utf-8")
@@ -221,34 +219,6 @@ def show(rows: Sequence[common.Row]) -> str:
     return table(head, cells, left=4)
 
 
-def draw(rows: Sequence[common.Row], file: Path) -> None:
-    """Bars with their bounds: a panel for each size, rate and number of workers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = list(dict.fromkeys((row["workers"], row["rate"], row["bytes"]) for row in rows))
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(1 + 3.2 * len(panels), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        chosen = [row for row in rows if (row["workers"], row["rate"], row["bytes"]) == panel]
-        names = [row["contender"] for row in chosen]
-        colors = ["#888888" if not name.startswith("ps") else "#2a6f97" for name in names]
-        bars = axis.barh(names, [row["median_ms"] for row in chosen], color=colors)
-        axis.bar_label(bars, [f" {row['of_bound']:.0%}" for row in chosen], fontsize=7)
-        for place, row in enumerate(chosen):
-            axis.plot([row["bound_ms"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_title(f"{panel[0]} workers, {panel[1]}, {panel[2] / 1e6:.0f} MB", fontsize=9)
-        axis.set_xlabel("ms (line: bound)")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-
-
 def main() -> None:
     flags = common.parser(__doc__ or "")
     flags.add_argument("--workers", type=int, nargs="+", metavar="N")
@@ -257,7 +227,7 @@ def main() -> None:
     flags.add_argument("--servers", type=int, nargs="*", metavar="K", help="apart (default: 1, 2, 4, and N)")
     flags.add_argument("--not-together", action="store_true", help="without a server beside each worker")
     flags.add_argument("--rounds", type=int)
-    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw the medians, .png or .svg")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     flags.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # this process is a worker
     arguments = flags.parse_args()
     if arguments.work:
@@ -269,8 +239,7 @@ def main() -> None:
     print("", show(rows), sep="\n")
     if arguments.json:
         common.write(arguments.json, rows, goals=GOALS)
-    if arguments.picture:
-        draw(rows, arguments.picture)
+    pictures.save("links", rows, arguments.picture)
 
 
 def _rows(arguments: argparse.Namespace) -> Iterator[common.Row]:

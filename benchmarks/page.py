@@ -40,6 +40,7 @@ from typing import Any
 
 import pictures
 import psutil
+from watching import processors_s
 
 from dtrain.tables import table
 
@@ -279,24 +280,20 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         self._load_average = psutil.getloadavg()[0]
-        self._times = psutil.cpu_times()
+        self._before = processors_s()
         self._start_s = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._seconds = time.perf_counter() - self._start_s
-        now = psutil.cpu_times()
-        self._spent = {name: getattr(now, name) - getattr(self._times, name) for name in now._fields}
+        self._spent = {name: seconds - self._before[name] for name, seconds in processors_s().items()}
 
     def figures(self) -> dict[str, Any]:
-        parts = [second for name, second in self._spent.items() if not name.startswith("guest")]  # those are in others
-        all_s = sum(parts)
-        idle_s = self._spent.get("idle", 0.0) + self._spent.get("iowait", 0.0)
-        shares = {"busy": all_s - idle_s, "stolen": self._spent.get("steal", 0.0)}
+        all_s = self._spent["all"]
         return {
             "seconds": round(self._seconds, 1),
             "load_average": round(self._load_average, 2),
-            **{name: round(part / all_s, 4) if all_s else 0.0 for name, part in shares.items()},
+            **{name: round(part / all_s, 4) if all_s else 0.0 for name, part in self._spent.items() if name != "all"},
         }
 
 

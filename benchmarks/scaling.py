@@ -51,7 +51,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import math
 import os
@@ -63,9 +62,11 @@ from pathlib import Path
 from typing import Any
 
 import common
+import pictures
 import psutil
 from hosts import Hosts, HostsError, Outcome, available, bytes_per_s, hosts
 from predict import ALPHA_S, CASES, STOLEN, TRIES, Case, foreseen, probed, row_of, spec_of, trained
+from watching import processors_s
 
 from dtrain.measure.predict import Prediction
 from dtrain.measure.profile import Profile
@@ -186,9 +187,7 @@ def spent() -> dict[str, float]:
     """Seconds of all processors so far: there were, busy, stolen, and used by programs other than ours that ended."""
     times, own = psutil.cpu_times(), os.times()
     return {
-        "all": sum(times[:8]),  # those after the eighth are parts of the first
-        "busy": sum(times[:8]) - times.idle - times.iowait,
-        "stolen": times.steal,
+        **processors_s(),
         "others": times.user + times.nice + times.system - sum(own[:4]),
     }
 
@@ -373,7 +372,7 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--batch", type=int, help="weak: samples of each worker (default: the case's in predict.py)")
     flags.add_argument("--global-batch", type=int, help="strong: samples of all workers (default: see above)")
     flags.add_argument("--profiles", type=Path, metavar="DIR", help="keep the probe there, and take it from there")
-    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw it, .png or .svg; needs matplotlib")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     return flags
 
 
@@ -414,8 +413,6 @@ def main() -> None:
     flags = _flags()
     arguments = flags.parse_args()
     case = chosen(flags, arguments)
-    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
-        flags.error("--picture needs matplotlib: pip install 'dtrain[report]'")
     if (reason := available()) is not None:
         flags.error(reason)
     wanted = runs_of(arguments.backends, arguments.workers, case.batch, arguments.global_batch)

@@ -31,15 +31,14 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import common
 import peers
+import pictures
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -257,40 +256,6 @@ def _run(
         return dtrain.run(measure, task, workers=arguments.workers, backend=backend, servers=servers)[0]
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-
-def draw(rows: Sequence[common.Row], file: Path) -> None:
-    """Bars: a group for each case, a bar for each baseline, with the range over rounds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    names = list(dict.fromkeys(row["baseline"] for row in rows))
-    height = 0.8 / len(names)
-    figure, axis = pyplot.subplots(figsize=(7, 1.5 + 0.7 * len(cases)), layout="constrained")
-    for index, name in enumerate(names):
-        chosen = [row for row in rows if row["baseline"] == name]
-        at = [cases.index(row["case"]) + (index - (len(names) - 1) / 2) * height for row in chosen]
-        medians = [row["ratio_median"] for row in chosen]
-        spread = [
-            [row["ratio_median"] - row["ratio_min"] for row in chosen],
-            [row["ratio_max"] - row["ratio_median"] for row in chosen],
-        ]
-        axis.barh(at, medians, height, xerr=spread, label=name, error_kw={"linewidth": 0.8, "ecolor": "#555555"})
-    axis.axvline(1.0, color="black", linewidth=1)
-    axis.set_yticks(range(len(cases)), cases)
-    axis.invert_yaxis()
-    axis.set_title(f"Step of {rows[0]['contender']}", fontsize=10)
-    axis.set_xlabel("its time over the baseline's: median and range (below 1: shorter)")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -305,10 +270,8 @@ def main() -> None:
         "--peers", choices=peers.NAMES, nargs="*", default=[*peers.NAMES], help="beside DDP (default: all)"
     )
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw the ratios, .png or .svg; needs matplotlib")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()
-    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
-        flags.error("--picture needs matplotlib: pip install 'dtrain[report]'")
     if arguments.device == "cuda" and torch.cuda.device_count() < arguments.workers:
         flags.error(f"{arguments.workers} workers, {torch.cuda.device_count()} CUDA devices: NCCL needs one for each")
     absent = {peers.NAMES[name]: why for name in arguments.peers if (why := peers.absent(name))}
@@ -321,8 +284,8 @@ def main() -> None:
     common.record(rows, arguments.json, **settings, absent=absent)
     for name, why in absent.items():
         print(f"absent: {name}: {why}")
-    if arguments.picture and rows:
-        draw(rows, arguments.picture)
+    if rows:
+        pictures.save("step", rows, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import common
+import pictures
 import torch
 import torch.distributed as dist
 from echo import Echo
@@ -467,41 +468,6 @@ def write(rows: Sequence[common.Row], file: Path, **more: object) -> None:
     file.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
-def draw(rows: Sequence[common.Row], file: Path) -> None:
-    """Bars: a panel for each number of workers, a group for each size, logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    counts = list(dict.fromkeys(row["workers"] for row in rows))
-    sizes = list(dict.fromkeys(row["bytes"] for row in rows))
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    figure, panels = pyplot.subplots(
-        1, len(counts), figsize=(1 + 4.5 * len(counts), 4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for panel, workers in zip(panels[0], counts, strict=True):
-        for index, name in enumerate(names):
-            chosen = [row for row in rows if (row["workers"], row["contender"]) == (workers, name)]
-            at = [sizes.index(row["bytes"]) + (index - (len(names) - 1) / 2) * 0.85 / len(names) for row in chosen]
-            bars = panel.bar(at, [row["median_ms"] for row in chosen], 0.85 / len(names), label=name)
-            panel.bar_label(bars, [_figures(row["median_ms"]) for row in chosen], fontsize=7, padding=1)
-        panel.set_yscale("log")
-        panel.margins(y=0.1)
-        panel.set_xticks(range(len(sizes)), [_size(size) for size in sizes])
-        panel.set_title(f"{workers} workers")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_ylabel("ms to sum the gradient (median)")
-    handles = panels[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(names), frameon=False)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-
-
-def _figures(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
-
-
 def _size(nbytes: int) -> str:
     for unit, name in ((10**6, "MB"), (10**3, "KB")):
         if nbytes >= unit:
@@ -532,7 +498,7 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument(
         "--rounds", **number, help="timed rounds of each size (default 15 for 70 MB up to 40 below 26 MB)"
     )
-    flags.add_argument("--picture", type=Path, metavar="FILE", help="draw the medians, .png or .svg; needs matplotlib")
+    flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     flags.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # this process is a worker
     return flags
 
@@ -555,8 +521,6 @@ def main() -> None:
     arguments = flags.parse_args()
     if arguments.work:
         return _work(arguments.work)
-    if arguments.picture and importlib.util.find_spec("matplotlib") is None:
-        flags.error("--picture needs matplotlib: pip install 'dtrain[report]'")
     arguments.numel = arguments.numel or ([256, 2621440] if arguments.quick else [256, 26214400])
     arguments.workers = arguments.workers or ([2] if arguments.quick else [2, 4])
     arguments.lanes = [lane for lane in LANES if lane in arguments.lanes]
@@ -584,8 +548,7 @@ def main() -> None:
             started_by="mpiexec" if MPI in peers()[0] else "dtrain launch",
             absent=absent,
         )
-    if arguments.picture:
-        draw(rows, arguments.picture)
+    pictures.save("sync", rows, arguments.picture)
     return None
 
 

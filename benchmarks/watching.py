@@ -27,15 +27,22 @@ class Sample:
     received: list[int]
 
 
+def processors_s() -> dict[str, float]:
+    """Seconds of all processors so far: there were, busy with whatever, and stolen by other virtual machines."""
+    times = {name: s for name, s in psutil.cpu_times()._asdict().items() if "guest" not in name}  # parts of others
+    all_s = sum(times.values())
+    idle_s = times["idle"] + times.get("iowait", 0.0)
+    return {"all": all_s, "busy": all_s - idle_s, "stolen": times.get("steal", 0.0)}
+
+
 def look(pids: Sequence[int]) -> Sample:
-    times = psutil.cpu_times()
-    idle_s = times.idle + times.iowait
+    spent = processors_s()
     links = [_link(pid) for pid in pids]
     return Sample(
         at_s=time.perf_counter(),
-        busy_s=sum(times[:8]) - idle_s,  # those after the eighth are parts of the first
-        stolen_s=times.steal,
-        all_s=sum(times[:8]),
+        busy_s=spent["busy"],
+        stolen_s=spent["stolen"],
+        all_s=spent["all"],
         sent=[sent for sent, _ in links],
         received=[received for _, received in links],
     )

@@ -147,7 +147,8 @@ class Hosting:
                 self._ask(link, wire.PushShared, self.steps, bucket, flags, where.segment, offset)
             else:
                 self._send(link, bucket, flat[range_.start : range_.stop], flags)
-        self._comm.take_what_came()
+        if where is None or not self._comm.shares:  # something went by a socket
+            self._comm.take_what_came()
 
     def _send(self, link: Link, bucket: int, flat: Tensor, flags: bytes) -> None:
         """Push by the socket: over a network, where buckets are used one by one, when the ones before have been."""

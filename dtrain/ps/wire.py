@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtrain.comm import parts
 from dtrain.comm.base import DTYPES
 from dtrain.errors import ProtocolError
 
 PROTOCOL = 3
 MAX_HEADER_BYTES = 4096
-PART_BYTES = 2**20
+PART_BYTES = parts.MOST_BYTES
 """A tensor travels in parts of at most this size, so that adding, sending and receiving overlap, and heartbeats do not
 queue behind a long message."""
 
