@@ -6,10 +6,11 @@
 
     python benchmarks/hosts.py --hosts 4 --rate 50mbit 200mbit      what the links here really carry
 
-A host is a set of Linux namespaces: its own network with one link, process numbers, host name, and /dev/shm. So shared
-memory joins the processes of one host and no others, as it should be. Hosts hang on a bridge, which is a switch; both
-directions of each link are held to the rate by token buckets (tc tbf). Files are those of this machine, as on hosts
-that share a network file system. There is no added latency, and all hosts share this machine's processors:
+A host is a set of Linux namespaces: its own network with one link, process numbers, host name (host0, host1, ..., which
+all know), and /dev/shm. So shared memory joins the processes of one host and no others, as it should be. Hosts hang on
+a bridge, which is a switch; both directions of each link are held to the rate by token buckets (tc tbf). Files are
+those of this machine, as on hosts that share a network file system. There is no added latency, and all hosts share this
+machine's processors:
 `Hosts.watch` tells whether those, or the links, were the bottleneck.
 
 `rate` is the payload of TCP: what a program can send. The wire carries 1514 bytes for 1448 of it. After a pause a link
@@ -29,6 +30,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +50,7 @@ _PEAK = 1.03
 _BURST_S = 0.002
 _CATCH_UP_S = 0.030
 _QUEUE_S = 0.050
+_MOST = 250  # hosts
 _TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "hostname")
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
 _HOLD = "trap '' CHLD; echo ready; exec cat"  # ends when its stdin closes; as process 1, it keeps no dead children
@@ -97,8 +100,8 @@ def hosts(count: int, *, rate: str, user_namespace: bool | None = None) -> Itera
     Raises:
         HostsError: the system does not let us; says what it said.
     """
-    if not 1 <= count <= 250:
-        raise ValueError(f"count is {count}: give 1 to 250 hosts")
+    if not 1 <= count <= _MOST:
+        raise ValueError(f"count is {count}: give 1 to {_MOST} hosts")
     made = Hosts(bytes_per_s(rate), user_namespace=os.geteuid() != 0 if user_namespace is None else user_namespace)
     try:
         for _ in range(count):
@@ -171,6 +174,10 @@ class Hosts:
     def address(self, host: int) -> str:
         return f"10.77.0.{host + 1}"
 
+    def name(self, host: int) -> str:
+        """By which all hosts find it."""
+        return f"host{host}"
+
     def port(self) -> int:
         """A number that no call has given before."""
         return next(self._ports)
@@ -178,7 +185,10 @@ class Hosts:
     def add(self) -> None:
         """One more host."""
         number = len(self._pids)
-        private = f"mount -t tmpfs tmpfs /dev/shm && hostname host{number} && {_FEWER_PACKETS}; "
+        known = [f"{self.address(host)} {self.name(host)}" for host in range(_MOST)]
+        write = f"printf '%s\\n' '127.0.0.1 localhost' {' '.join(map(shlex.quote, known))} > /dev/shm/names"
+        names = f"{write} && mount --bind /dev/shm/names /etc/hosts && rm /dev/shm/names"
+        private = f"mount -t tmpfs tmpfs /dev/shm && {names} && hostname {self.name(number)} && {_FEWER_PACKETS}; "
         unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", private + _HOLD]
         holder = self._hold([*self._enter(self._switch.pid, "--net"), *unshare])
         pid = _child(holder.pid)

@@ -24,6 +24,7 @@ import dataclasses
 import json
 import statistics
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,29 +219,30 @@ def main() -> None:
     arguments = flags.parse_args()
     if (reason := available()) is not None:
         flags.error(reason)
-    rows = _rows(arguments)
+    rows: list[common.Row] = []
+    for some in _measured(arguments):  # written down as they come: a run of half an hour may be ended early
+        rows += some
+        if arguments.json:
+            common.write(arguments.json, rows, goals=GOALS, alpha_s=ALPHA_S)
     errors = sorted(abs(row["error"]) for row in rows)
     print("", show(rows), sep="\n")
     print(
         f"median error {statistics.median(errors):.1%} (goal {GOALS['median']:.0%}), "
         f"largest {errors[-1]:.1%} (goal {GOALS['largest']:.0%}), {len(rows)} cases"
     )
-    if arguments.json:
-        common.write(arguments.json, rows, goals=GOALS, alpha_s=ALPHA_S)
     pictures.save("predict", rows, arguments.picture)
 
 
-def _rows(arguments: argparse.Namespace) -> list[common.Row]:
+def _measured(arguments: argparse.Namespace) -> Iterator[list[common.Row]]:
+    """The rows of each model and number of workers."""
     cases = [case for case in CASES if arguments.case in case.name]
     if arguments.quick:
-        return measure(cases[0], probed(cases[0], arguments.profiles), 4, WIRINGS[:2])
+        yield measure(cases[0], probed(cases[0], arguments.profiles), 4, WIRINGS[:2])
+        return
     profiles = [probed(case, arguments.profiles) for case in cases]
-    return [
-        row
-        for case, profile in zip(cases, profiles, strict=True)
-        for workers in arguments.workers
-        for row in measure(case, profile, workers, WIRINGS)
-    ]
+    for case, profile in zip(cases, profiles, strict=True):
+        for workers in arguments.workers:
+            yield measure(case, profile, workers, WIRINGS)
 
 
 if __name__ == "__main__":

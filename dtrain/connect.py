@@ -14,9 +14,10 @@ import torch.distributed as dist
 from dtrain import env
 from dtrain.comm.allreduce import AllReduce
 from dtrain.comm.base import Backend
-from dtrain.comm.rendezvous import meet, open_store
+from dtrain.comm.rendezvous import gather, meet, open_store
 from dtrain.comm.solo import Solo
 from dtrain.errors import UsageError
+from dtrain.interfaces import interface_towards
 from dtrain.processes import end_with_launcher
 from dtrain.ps.client import ParameterServer
 from dtrain.ps.scheduler import lookup
@@ -53,7 +54,7 @@ def connect(
     scheduler: str | None = None,
     lanes: str | None = None,
     timeout_s: float | None = None,
-    connect_timeout_s: float = 30.0,
+    connect_timeout_s: float | None = None,
 ) -> Backend:
     """Join the job: one call, on every worker.
 
@@ -71,7 +72,7 @@ def connect(
         lanes: for `ps`: `auto` (the default) sends through shared memory what a server on this host can see there;
             `off` uses sockets only.
         timeout_s: longest wait for another process in any later call, in seconds; default 60.
-        connect_timeout_s: longest wait for the others here, in seconds.
+        connect_timeout_s: longest wait for the others here, in seconds; default 30.
 
     Raises:
         UsageError: unknown backend, or arguments and variables that contradict each other.
@@ -87,6 +88,7 @@ def connect(
         scheduler=scheduler,
         lanes=lanes,
         timeout_s=timeout_s,
+        connect_timeout_s=connect_timeout_s,
     )
     if place.role != "worker":
         raise UsageError(
@@ -98,9 +100,10 @@ def connect(
     if name != "threads":
         end_with_launcher(place, f"worker {place.rank}")
     limit_s = 60.0 if place.timeout_s is None else place.timeout_s
-    if not (limit_s > 0 and connect_timeout_s > 0):
-        raise UsageError(f"timeout_s is {limit_s}, connect_timeout_s {connect_timeout_s}: give seconds, more than 0")
-    return join(Request(place=place, timeout_s=limit_s, connect_timeout_s=connect_timeout_s))
+    patience_s = 30.0 if place.connect_timeout_s is None else place.connect_timeout_s
+    if not (limit_s > 0 and patience_s > 0):
+        raise UsageError(f"timeout_s is {limit_s}, connect_timeout_s {patience_s}: give seconds, more than 0")
+    return join(Request(place=place, timeout_s=limit_s, connect_timeout_s=patience_s))
 
 
 def check_backend(name: str) -> None:
@@ -153,6 +156,11 @@ def _allreduce(request: Request) -> Backend:
                 f"{place.rank} of {place.world_size} here"
             )
         return AllReduce(dist.get_rank(), dist.get_world_size(), store=None, timeout_s=request.timeout_s)
+    if place.local_world_size < place.world_size and place.store is not None:
+        # gloo takes the address that the host's name stands for, which may be one that no other host can reach.
+        name = interface_towards(place.store)
+        if name is not None:
+            env.set_default("GLOO_SOCKET_IFNAME", name)
     if place.world_size == 1 and place.store is None:
         return AllReduce(0, 1, store=dist.HashStore(), timeout_s=request.timeout_s)
     return AllReduce(place.rank, place.world_size, store=_met(request, "allreduce"), timeout_s=request.timeout_s)
@@ -194,6 +202,8 @@ def _met(request: Request, backend: str) -> dist.Store:
     """The job's store, with everyone there."""
     place = request.place
     store = _open(request, backend)
+    if place.launcher == "torchrun":
+        store = gather(store, rank=place.rank, world_size=place.world_size, timeout_s=request.connect_timeout_s)
     meet(
         store,
         rank=place.rank,
@@ -211,10 +221,11 @@ def _open(request: Request, backend: str) -> dist.Store:
             f"backend {backend} with {place.world_size} workers needs a place to meet: start the job with "
             "`dtrain launch` or torchrun, or give store='tcp://host:port' or 'file:///path'"
         )
+    attempt = "any" if place.launcher == "torchrun" else place.restart
     return open_store(
         place.store,
         rank=place.rank,
         host_it=not env.agent_hosts_store(),
         timeout_s=request.connect_timeout_s,
-        prefix=f"dtrain/{place.job_id or 'job'}/{place.restart}/{next(_meetings)}",
+        prefix=f"dtrain/{place.job_id or 'job'}/{attempt}/{next(_meetings)}",
     )

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import zmq
 
 from dtrain import env, processes
-from dtrain.errors import DtrainError
+from dtrain.errors import UsageError
+from dtrain.interfaces import interface_towards
 from dtrain.tables import table
 
 _SHM_MIN_BYTES = 256 * 2**20
@@ -50,7 +51,7 @@ def examine() -> dict[str, Any]:
     problems: list[str] = []
     try:
         facts["place in the job"] = _place(env.resolve())
-    except DtrainError as error:
+    except UsageError as error:
         problems.append(f"launch environment: {error}")
     return facts | {"problems": problems + _problems(facts)}
 
@@ -67,8 +68,14 @@ def text(facts: dict[str, Any]) -> str:
 def _place(place: env.Place) -> str:
     """What something has set, a line each, and what has set it."""
     shown = [(n, who) for n, who in place.sources.items() if n not in ("launcher_fd", "job_dir")]
-    lines = [f"  {name:<17}{getattr(place, name)!s:<28}{who}" for name, who in shown]
-    return "\n" + "\n".join(lines) if lines else " alone: no launcher"
+    rows = [[name, str(getattr(place, name)), who] for name, who in shown]
+    if place.local_world_size < place.world_size and place.store is not None:
+        interface = interface_towards(place.store) or "unknown: set GLOO_SOCKET_IFNAME"
+        rows.append(["interface", interface, "by which the store's host is reached"])
+    if not rows:
+        return " alone: no launcher"
+    by = "" if place.launcher is None else f" by {place.launcher}"
+    return f"{by}\n\n{table(['field', 'value', 'set by'], rows, left=3)}"
 
 
 def _problems(facts: dict[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """The launch environment, read in this one place.
 
 A process finds its place in a job from the arguments it is given, then from environment variables: dtrain's own,
-torchrun's, and ps-lite's `DMLC_*` as aliases. Two variables that give one field different values are an error: nothing
-is guessed.
+torchrun's, and ps-lite's `DMLC_*` (with BytePS's) as aliases; then from those of MPI, Slurm and Kubernetes, see
+`clusters`. Two variables that give one field different values are an error: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from dtrain import clusters
 from dtrain.errors import UsageError
 
 VARIABLES: dict[str, tuple[str, ...]] = {
@@ -19,8 +20,8 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "rank": ("RANK", "DMLC_WORKER_ID"),
     "world_size": ("WORLD_SIZE", "DMLC_NUM_WORKER"),
     "num_servers": ("DMLC_NUM_SERVER",),
-    "local_rank": ("LOCAL_RANK",),
-    "local_world_size": ("LOCAL_WORLD_SIZE",),
+    "local_rank": ("LOCAL_RANK", "BYTEPS_LOCAL_RANK"),
+    "local_world_size": ("LOCAL_WORLD_SIZE", "BYTEPS_LOCAL_SIZE"),
     "store": ("DTRAIN_STORE",),
     "servers": ("DTRAIN_SERVERS",),
     "scheduler": ("DTRAIN_SCHEDULER",),
@@ -30,6 +31,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "keys": ("DTRAIN_KEYS",),
     "lanes": ("DTRAIN_LANES",),
     "timeout_s": ("DTRAIN_TIMEOUT_S",),
+    "connect_timeout_s": ("DTRAIN_CONNECT_TIMEOUT_S",),
     "launcher_fd": ("DTRAIN_LAUNCHER_FD",),
     "job_dir": ("DTRAIN_JOB_DIR",),
 }
@@ -78,10 +80,15 @@ class Place:
     """`auto`: shared memory where both ends see the same; `off`: sockets only."""
     timeout_s: float | None = None
     """Longest wait for another process, in seconds."""
+    connect_timeout_s: float | None = None
+    """Longest wait for all processes to come at the start, in seconds."""
     launcher_fd: int | None = None
     """File descriptor that closes when the launcher dies."""
     job_dir: str | None = None
     """Directory of sockets and rendezvous files, to be removed with the job."""
+    launcher: str | None = None
+    """Who has numbered the workers: `torchrun`, `dtrain launch`, `ps-lite`, `Open MPI`, `MPI`, `Slurm`, `Kubernetes`,
+    `Kubeflow`."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Field -> the argument or the variable that set it."""
 
@@ -112,6 +119,7 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
         UsageError: two variables contradict each other, a value is not a number, or the numbers do not fit together.
     """
     environ = os.environ if environ is None else environ
+    environ = _by_process(environ)
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
     pairs = _pairs(environ, arguments)
@@ -122,6 +130,8 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
         found = _read(environ, name, pairs)
         if found:
             values[name], sources[name] = _number(name, *found), found[1]
+    if values.get("role", "worker") == "worker":
+        values["launcher"] = _ask_launchers(values, sources, environ)
     if values.get("world_size", 1) != 1 and "rank" not in values:
         raise UsageError(
             f"world_size is {values['world_size']} ({sources['world_size']}) and no rank is given: set RANK, or "
@@ -132,6 +142,71 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
     if "local_world_size" not in values and "local_rank" not in values:
         _assume_one_host(values, environ)
     return Place(**values, sources=sources)  # type: ignore[arg-type]
+
+
+def _ask_launchers(values: dict[str, object], sources: dict[str, str], environ: Mapping[str, str]) -> str | None:
+    """Fill what MPI, Slurm and Kubernetes tell, where nothing nearer has told it; who has numbered the workers.
+
+    Whoever starts processes in a cluster's task numbers them anew: torchrun and `dtrain launch` count for more, and so
+    does an argument. What was set by hand must agree with a launcher that counts as many workers.
+
+    Raises:
+        UsageError: it does not agree.
+    """
+    inner = _inner_launcher(environ)
+    if inner is not None or "argument" in (sources.get("rank"), sources.get("world_size")):
+        return inner
+    by_hand = {name: values[name] for name in ("rank", "world_size") if name in values}
+    who = "ps-lite" if sources.get("rank", "").startswith("DMLC_") else None
+    for found in clusters.told(environ):
+        differs = [n for n in ("rank", "world_size") if n in values and values[n] != found.fields[n][0]]
+        if not differs:
+            for name, (value, variable) in found.fields.items():
+                values.setdefault(name, value)
+                sources.setdefault(name, variable)
+            who = who or found.launcher
+        elif by_hand.keys() >= set(differs) and (differs == ["rank"] or len(by_hand) == 1):
+            name = differs[0]
+            raise UsageError(
+                f"{sources[name]}={values[name]} and {found.variable(name)} contradict each other: {found.launcher} "
+                f"has set {name} too; unset what was set by hand"
+            )
+    if environ.get("JOB_COMPLETION_INDEX") and "rank" not in values and "world_size" in values:
+        sources["rank"] = "JOB_COMPLETION_INDEX"  # of an indexed job, which does not tell its size
+        values["rank"] = _number("rank", environ["JOB_COMPLETION_INDEX"], "JOB_COMPLETION_INDEX")
+        return "Kubernetes"
+    return who
+
+
+def _inner_launcher(environ: Mapping[str, str]) -> str | None:
+    """The launcher that has started this very process, where it tells."""
+    if environ.get("TORCHELASTIC_RUN_ID") and environ.get("RANK"):
+        return "torchrun"
+    return "dtrain launch" if environ.get("DTRAIN_LAUNCHER_FD") else None
+
+
+def _by_process(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """BytePS's variables count hosts and the processes of each; the same in ps-lite's words, which count processes.
+
+    Raises:
+        UsageError: one of them is no number.
+    """
+    if not (environ.get("BYTEPS_LOCAL_SIZE") and environ.get("DMLC_NUM_WORKER")):
+        return environ
+    each = _integer(environ, "BYTEPS_LOCAL_SIZE")
+    more = {"DMLC_NUM_WORKER": str(_integer(environ, "DMLC_NUM_WORKER") * each)}
+    if environ.get("DMLC_WORKER_ID") and environ.get("BYTEPS_LOCAL_RANK"):
+        more["DMLC_WORKER_ID"] = str(
+            _integer(environ, "DMLC_WORKER_ID") * each + _integer(environ, "BYTEPS_LOCAL_RANK")
+        )
+    return {**environ, **more}
+
+
+def _integer(environ: Mapping[str, str], variable: str) -> int:
+    try:
+        return int(environ[variable])
+    except ValueError:
+        raise UsageError(f"{variable}={environ[variable]}: it is a number") from None
 
 
 def _pairs(environ: Mapping[str, str], arguments: Mapping[str, object]) -> dict[str, tuple[str, str]]:
@@ -195,15 +270,22 @@ def _number(name: str, value: str, variable: str) -> object:
     try:
         if name in _INTEGERS:
             return int(value)
-        return float(value) if name == "timeout_s" else value
+        return float(value) if name in ("timeout_s", "connect_timeout_s") else value
     except ValueError:
         raise UsageError(f"{variable}={value}: {name} is a number") from None
 
 
 def in_job(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether a launcher has already given this process a place (torchrun's or `dtrain launch`'s variables)."""
+    """Whether a launcher has already given this process a place among others.
+
+    That is so with torchrun's and `dtrain launch`'s variables, and ps-lite's; and in one of several tasks of a cluster.
+    """
     environ = os.environ if environ is None else environ
-    return bool(environ.get("RANK") and environ.get("WORLD_SIZE")) or bool(environ.get("DMLC_WORKER_ID"))
+    if bool(environ.get("RANK") and environ.get("WORLD_SIZE")) or bool(environ.get("DMLC_WORKER_ID")):
+        return True
+    if environ.get("JOB_COMPLETION_INDEX") and environ.get("WORLD_SIZE"):
+        return True
+    return any(found.world_size != 1 for found in clusters.told(environ))
 
 
 def agent_hosts_store() -> bool:
@@ -232,7 +314,7 @@ def for_child(place: Place, *, threads: int, loopback: str | None) -> dict[str, 
         loopback: name of the loopback interface for gloo, unless GLOO_SOCKET_IFNAME is already set.
     """
     stale = {name for names in VARIABLES.values() for name in names}
-    stale |= {*_MASTER, *_ROOT}
+    stale = (stale | {*_MASTER, *_ROOT}) - {"DTRAIN_CONNECT_TIMEOUT_S"}  # a wish, which is nobody's place
     child = {k: v for k, v in os.environ.items() if k not in stale and not k.startswith("TORCHELASTIC_")}
     for name, variables in VARIABLES.items():
         value = getattr(place, name)

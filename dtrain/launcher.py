@@ -1,4 +1,7 @@
-"""`launch`: a command as n workers on this host, with the server where one is needed; what failed first is named."""
+"""`launch`: a command as n workers on this host, with the server where one is needed; what failed first is named.
+
+Where a cluster has started this process as one of several, each starts its host's workers: see `Plan.host`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from dtrain import env
 from dtrain.errors import CommError, DataError, Preempted, UsageError
@@ -52,8 +55,9 @@ class Plan:
     """`fail`: the rest is ended. `wait`: whatever dies, a server too, is started again. `drop`: the others go on."""
     max_restarts: int = 3
     """With `wait`: how many processes may be started again, in all."""
-    preemptible: bool = False
-    """Whether workers save their state at SIGTERM and end with 75: the first signal then asks them to."""
+    host: env.Place = field(default_factory=env.Place)
+    """This process among those that Slurm, MPI or Kubernetes has started, one on each host. With h of them the job has
+    h times as many workers; they meet in its store, and servers are started by the first worker of each host."""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.servers < 1:
@@ -66,6 +70,31 @@ class Plan:
             raise UsageError(f"on_worker_loss is {self.on_worker_loss!r} with backend {self.backend}: it needs ps")
         if self.max_restarts < 0:
             raise UsageError(f"max_restarts is {self.max_restarts}: 0 or more")
+        if self.hosts > 1:
+            self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        where = f"this is host {self.host.rank} of {self.hosts} ({self.host.launcher or 'RANK and WORLD_SIZE'})"
+        if self.on_worker_loss != "fail":
+            raise UsageError(
+                f"on_worker_loss is {self.on_worker_loss!r}, and {where}: that needs one host; let the cluster start "
+                "the job again, with --auto-resume"
+            )
+        if self.servers != 1:
+            raise UsageError(f"servers is {self.servers}, and {where}: one is started on each; leave --servers out")
+        if self.host.store is None and (self.backend != "ps" or not (self.host.servers or self.host.scheduler)):
+            raise UsageError(
+                f"{where}, and nothing says where they meet: set MASTER_ADDR to a host's name, MASTER_PORT"
+            )
+
+    @property
+    def hosts(self) -> int:
+        return self.host.world_size
+
+    @property
+    def world_size(self) -> int:
+        """Workers on all hosts."""
+        return self.workers * self.hosts
 
 
 def launch(command: Sequence[str], plan: Plan) -> int:
@@ -113,8 +142,9 @@ class _Job:
         self._folder = folder
         self._command = command
         self._plan = plan
-        self._id = secrets.token_hex(16)
-        self._addresses = server_addresses(folder, plan.servers) if plan.backend == "ps" else []
+        self._id = secrets.token_hex(16) if plan.hosts == 1 else plan.host.job_id
+        own_servers = plan.backend == "ps" and plan.hosts == 1
+        self._addresses = server_addresses(folder, plan.servers) if own_servers else []
         self._children: list[Child] = []
         self._starts: dict[str, Callable[[int], Child]] = {}
         self._restarts: Counter[str] = Counter()
@@ -124,14 +154,17 @@ class _Job:
         self._stuck_s: dict[int, float] = {}  # by pid, since when
         self._looked_s = 0.0
         self._signal = 0
-        self._asked_to_save = False
+        self._asked_to_save = 0  # by which signal
         self.pids: list[int] = []
         """Of all processes that were started."""
 
     def interrupt(self, number: int) -> None:
-        """Make `start` or `follow` end soon: a signal's handler that raised could lose a child just being started."""
-        if self._plan.preemptible and not self._asked_to_save and self._children:
-            self._asked_to_save = True
+        """At the first signal ask the workers to save their state and end; a program that saves none just ends.
+
+        At a second one make `start` or `follow` end soon: a handler that raised could lose a child just being started.
+        """
+        if not self._asked_to_save and self._children:
+            self._asked_to_save = number
             for child in self._workers:
                 if not child.ended():
                     child.signal(signal.SIGTERM)
@@ -151,7 +184,8 @@ class _Job:
         for number in range(len(self._addresses)):
             name = "server" if self._plan.servers == 1 else f"server {number}"
             self._starts[name] = functools.partial(self._start_server, name, number)
-        for rank in range(self._plan.workers):
+        first = self._plan.host.rank * self._plan.workers
+        for rank in range(first, first + self._plan.workers):
             self._starts[f"worker {rank}"] = functools.partial(self._start_worker, f"worker {rank}", rank)
         for begin in self._starts.values():
             self._look()
@@ -175,18 +209,23 @@ class _Job:
         place = env.Place(
             backend=plan.backend,
             rank=rank,
-            world_size=plan.workers,
-            local_rank=rank,
+            world_size=plan.world_size,
+            local_rank=rank % plan.workers,
             local_world_size=plan.workers,
             store=f"file://{self._folder}/store",
             servers=",".join(self._addresses) or None,
             job_id=self._id,
             job_dir=self._folder,
-            restart=restart,
+            restart=plan.host.restart + restart,
             timeout_s=plan.timeout_s,
+            connect_timeout_s=plan.host.connect_timeout_s,
         )
+        if plan.hosts > 1:
+            told = ("store", "servers", "scheduler", "num_servers", "keys", "lanes")
+            place = replace(place, **{name: getattr(plan.host, name) for name in told})
         threads = plan.threads or max(1, cores() // plan.workers)
-        return Child(name, self._command, place, threads=threads, prefix_output=rank > 0)
+        one_host = plan.hosts == 1
+        return Child(name, self._command, place, threads=threads, prefix_output=rank > 0, one_host=one_host)
 
     def follow(self) -> int:
         """Wait for all; the exit code of the job."""
@@ -269,11 +308,11 @@ class _Job:
             self._look()
             time.sleep(0.05)
         saved = [c for c in bad if self._code(c) == Preempted.exit_code]
-        if self._asked_to_save and saved:
+        if saved:  # another host may have been asked
             self._say("state saved; start again with --resume to go on")
             return Preempted.exit_code
-        if self._asked_to_save and all(c.process.returncode == -signal.SIGTERM for c in bad):
-            raise _Signalled(signal.SIGTERM)  # it had not begun, and there is nothing to save
+        if self._asked_to_save and any(c.process.returncode == -signal.SIGTERM for c in self._workers):
+            raise _Signalled(self._asked_to_save)  # it had not begun, or saves nothing
         # Whoever ends with 69 complains about somebody else: look for the one who does not, or who is stopped.
         everyone = [c for c in self._children if c.ended() and c.process.returncode != 0]
         own = [c for c in bad + everyone if self._code(c) != CommError.exit_code]

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ class Child:
         *,
         threads: int = 1,
         prefix_output: bool = True,
+        one_host: bool = True,
     ) -> None:
         """Start it.
 
@@ -44,6 +46,7 @@ class Child:
             threads: processor threads it may use.
             prefix_output: put the name before each line that it prints; else lines are copied as they are. A terminal,
                 and stderr, are then its own.
+            one_host: whether the job is on this host alone, and its collectives stay on the loopback interface.
         """
         self.name = name
         read_end, self._lifeline = os.pipe()
@@ -56,7 +59,7 @@ class Child:
         try:
             self.process = subprocess.Popen(
                 list(argv),
-                env=env.for_child(place, threads=threads, loopback=env.LOOPBACK),
+                env=env.for_child(place, threads=threads, loopback=env.LOOPBACK if one_host else None),
                 pass_fds=(read_end,),
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
@@ -146,6 +149,8 @@ def server_command(
 def end_with_launcher(place: env.Place, who: str) -> None:
     """End this process, with a word of why, when the one that started it is gone."""
     fd = place.launcher_fd
+    if fd is None:
+        fd = _parent(place)
     if fd is None or fd in _watched:
         return
     try:
@@ -158,8 +163,11 @@ def end_with_launcher(place: env.Place, who: str) -> None:
         atexit.register(_leave_last_word)
 
     def watch() -> None:
-        with contextlib.suppress(OSError):
-            os.read(fd, 1)  # returns when the launcher's end closes, whatever the reason
+        if place.launcher_fd is None:
+            select.select([fd], [], [])  # returns when the process has ended
+        else:
+            with contextlib.suppress(OSError):
+                os.read(fd, 1)  # returns when the launcher's end closes, whatever the reason
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process().children(recursive=True):
                 process.kill()
@@ -172,6 +180,17 @@ def end_with_launcher(place: env.Place, who: str) -> None:
     threading.Thread(target=watch, daemon=True, name="dtrain-lifeline").start()
 
 
+def _parent(place: env.Place) -> int | None:
+    """A descriptor that is readable when the parent has ended, where that is a torchrun; one for all calls."""
+    if place.launcher != "torchrun" or _parents:
+        return None
+    with contextlib.suppress(AttributeError, OSError):  # not on this system, or already gone
+        _parents.append(os.pidfd_open(os.getppid()))
+        return _parents[0]
+    return None
+
+
+_parents: list[int] = []
 _watched: set[int] = set()  # file descriptors that a thread looks at
 
 

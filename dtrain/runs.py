@@ -11,11 +11,13 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import platform
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -128,6 +130,9 @@ class RunSpec(Task):
     and on to the same bits. drop (ps, --update server): the job goes on without it."""
     resume: bool = False
     """Go on from the newest checkpoint in --run-dir."""
+    auto_resume: bool = False
+    """Go on from the newest checkpoint in --run-dir, or begin where there is none: for jobs that are started again by
+    Slurm, Kubernetes or an elastic torchrun."""
     live: bool = False
     """Show the run as it happens, on a terminal: loss, speed, where a step's time goes, and who is late."""
     tensorboard: bool = False
@@ -202,22 +207,28 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
         DataError: data or checkpoints that cannot be read.
     """
     device = _device(comm, spec)
-    check_place(spec)
+    comes_back = getattr(comm, "epoch", 0) > 0  # to a run that has begun: `fit` then loads what all others load
+    again = comes_back or _started_again(comm)
+    check_place(spec, again=again)
     folder = None if spec.run_dir is None else Path(spec.run_dir)
     recipe = spec.build()
     trainer = _trainer(comm, spec, recipe, device, folder)
-    comes_back = getattr(comm, "epoch", 0) > 0  # to a run that has begun: `fit` then loads what all others load
-    resumed_step = _resume(trainer, spec, recipe, folder) if spec.resume and folder and not comes_back else 0
+    resumed_step = 0
+    if folder is not None and not comes_back and _resumes(comm, spec, folder, again=again):
+        resumed_step = _resume(trainer, spec, recipe, folder)
+        if _is_over(trainer) and (folder / "summary.json").exists():
+            return _ended_before(comm, spec, folder)
     if comm.rank == 0 and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "config.json", _asked_for(spec, trainer, recipe, device))
     samples_before = trainer.state.samples
     if spec.checkpoint_every != "never":
-        _stop_at_signals(trainer)
+        stop_at_signals()
+        _stoppable.add(trainer)
     started_s = time.perf_counter()
     state = trainer.fit()
     seconds = time.perf_counter() - started_s
-    if not trainer.records and not state.rewinds:
+    if not trainer.records and not state.rewinds and not resumed_step:
         raise _nothing_to_train(resumed_step)
     if trainer.config.joint or trainer.config.update == "server":
         trainer.replica.check()
@@ -234,27 +245,81 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     return summary
 
 
-def _stop_at_signals(trainer: Trainer) -> None:
-    """Let the run save its state and end with 75 when it is asked to stop."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: trainer.stop())
+_stoppable: weakref.WeakSet[Trainer] = weakref.WeakSet()
+"""The trainers of this process that save their state when they are asked to stop."""
 
 
-def check_place(spec: RunSpec) -> None:
+def stop_at_signals() -> None:
+    """Let runs of this process save their state and end with 75 when it is asked to stop.
+
+    A second Ctrl-C ends it at once, and so does any signal where there is nothing to save yet. Signals come to the main
+    thread: where workers are threads, it is to call this.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def stop(number: int, _: object) -> None:
+        trainers = list(_stoppable)
+        for trainer in trainers:
+            trainer.stop()
+        if number == signal.SIGINT or not trainers:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if not trainers:
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _started_again(comm: Backend) -> bool:
+    """Whether a launcher has started this job before. torchrun's agents do not all count alike: any one's word does."""
+    return collectives.sum_numbers(comm, [float(env.resolve().restart > 0)], "metric/again")[0] > 0
+
+
+def _resumes(comm: Backend, spec: RunSpec, folder: Path, *, again: bool) -> bool:
+    """Whether to go on from a checkpoint, the same for all workers."""
+    if spec.resume:
+        return True
+    found = (spec.auto_resume or again) and bool(checkpoint.steps(folder / "checkpoints"))
+    return collectives.sum_numbers(comm, [float(found)], "metric/resume")[0] > 0
+
+
+def _is_over(trainer: Trainer) -> bool:
+    return trainer.state.steps is not None and trainer.state.step >= trainer.state.steps
+
+
+def _ended_before(comm: Backend, spec: RunSpec, folder: Path) -> dict[str, Any]:
+    """The summary of a run that had ended when it was started again."""
+    if comm.rank == 0 and spec.progress:
+        print(f"dtrain: the run in {folder} had ended; nothing is left to train", file=sys.stderr, flush=True)
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'summary.json'} cannot be read: {error}") from error
+    collectives.barrier(comm)
+    return summary
+
+
+def check_place(spec: RunSpec, *, again: bool = False) -> None:
     """Refuse a run directory that does not fit what is asked for.
+
+    Args:
+        again: whether this job was started before, and so finds checkpoints of its own.
 
     Raises:
         UsageError: it has the checkpoints of another run, or none is given to resume.
         DataError: there is no checkpoint to resume from.
     """
+    if spec.resume and spec.auto_resume:
+        raise UsageError("--resume and --auto-resume: the one needs a checkpoint, the other does not; give one of them")
     if spec.run_dir is None:
-        if spec.resume:
-            raise UsageError("--resume needs --run-dir: the directory of the run to go on with")
+        if spec.resume or spec.auto_resume:
+            flag = "--resume" if spec.resume else "--auto-resume"
+            raise UsageError(f"{flag} needs --run-dir: the directory of the run to go on with")
         return
     root = Path(spec.run_dir) / "checkpoints"
     found = checkpoint.steps(root)
-    if found and not spec.resume and not env.resolve().restart:  # a process that is started again finds its own
+    if found and not (spec.resume or spec.auto_resume or again):
         raise UsageError(f"{spec.run_dir} has the checkpoints of an earlier run: give --resume, or another --run-dir")
     if spec.resume and not found:
         checkpoint.load(root)  # says what is wrong
@@ -280,10 +345,10 @@ def check(spec: RunSpec, workers: int) -> None:
     loader = _loader(spec, recipe, 0, workers)
     norm_sharing(config, loader)
     total = _steps(config, loader)
-    if spec.resume and spec.run_dir is not None:
+    if spec.run_dir is not None and (spec.resume or spec.auto_resume):
         _check_same(spec, recipe, Path(spec.run_dir))
         root = Path(spec.run_dir) / "checkpoints"
-        if 0 < total <= checkpoint.steps(root)[-1] and (step := checkpoint.load(root).step) >= total:
+        if spec.resume and 0 < total <= checkpoint.steps(root)[-1] and (step := checkpoint.load(root).step) >= total:
             raise _nothing_to_train(step)
 
 
@@ -299,7 +364,7 @@ def _resume(trainer: Trainer, spec: RunSpec, recipe: Recipe, folder: Path) -> in
     planned = _check_same(spec, recipe, folder)
     step = trainer.resume(folder / "checkpoints")
     total = trainer.state.steps
-    if total is not None and step >= total:
+    if _is_over(trainer) and spec.resume:
         raise _nothing_to_train(step)
     collectives.barrier(trainer.comm)  # all have read the old config.json
     if trainer.comm.rank == 0:

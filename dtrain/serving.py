@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket as net
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from dtrain import env
 from dtrain.errors import ConnectError, UsageError
+from dtrain.interfaces import address_towards
 from dtrain.processes import Child, remove, server_command
 
 Stop = Callable[[], None]
@@ -66,7 +66,7 @@ def own_servers(
 
 def _start(place: env.Place, number: int, hosts: int, timeout_s: float) -> tuple[str, Stop]:
     folder = tempfile.mkdtemp(prefix="dtrain-")
-    bind = f"ipc://{folder}/server" if hosts == 1 else f"tcp://{_address_towards(place.store or '', 'store')}:0"
+    bind = f"ipc://{folder}/server" if hosts == 1 else f"tcp://{address_towards(place.store or '', 'store')}:0"
     inner = env.Place(role="server", job_id=place.job_id, job_dir=folder, keys=place.keys)
     command = server_command(bind, place.world_size, timeout_s=timeout_s, server=number, num_servers=hosts)
     server = Child("server" if hosts == 1 else f"server {number}", command, inner)
@@ -113,21 +113,7 @@ def seen_from(scheduler: str, address: str) -> str:
 
 
 def _host_towards(scheduler: str) -> str:
-    return _address_towards(scheduler, "scheduler") if scheduler.startswith("tcp://") else "127.0.0.1"
-
-
-def _address_towards(other: str, what: str) -> str:
-    """This host's address as the other host, of the store or the scheduler, sees it. Nothing is sent."""
-    host, _, port = other.removeprefix("tcp://").rpartition(":")
-    with net.socket(net.AF_INET, net.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, int(port)))
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{what} is {other!r}: no address of this host leads there; name servers by hand"
-            ) from error
-        found: str = probe.getsockname()[0]
-    return found
+    return address_towards(scheduler, "scheduler") if scheduler.startswith("tcp://") else "127.0.0.1"
 
 
 def _keeping(store: dist.Store | None, stop: Stop) -> Stop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss over the samples of the batch."""
 
 _MOST_RECORDS = 10_000
+_HEAR_WITHIN_S = 5.0  # of steps: how soon all hear that one of them was asked to stop
 
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -110,6 +112,7 @@ class Trainer:
         self._started_s = time.perf_counter()
         self._step_in_epoch = 0
         self._asked_to_stop = self._stopping = False
+        self._tell_every = sys.maxsize  # steps, at most, from one time that workers tell each other to the next
         self._begun = False  # whether this process has made a step
         self._ahead = 0  # steps made before this worker's count of the servers' begins
         self._lost = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss times samples, samples
@@ -160,9 +163,10 @@ class Trainer:
         self._end_epoch()
 
     def stop(self) -> None:
-        """Ask for an end: at the next record or end of an epoch, all workers save their state and raise `Preempted`.
+        """Ask for an end: soon, after the same step on all workers, they save their state and raise `Preempted`.
 
-        May be called from a signal's handler, on any worker.
+        That is at the next record, or the end of the epoch; and after 5 s of steps, where a record has told how long
+        they take. May be called from a signal's handler, on any worker.
         """
         self._asked_to_stop = True
 
@@ -399,7 +403,7 @@ class Trainer:
         self._watch.end(self.state.step)
         self.state.record, self.state.fresh = None, []
         due = self._is_recorded(self.state.step)
-        if due or len(self._watch) >= self._ledger.most_steps:
+        if due or len(self._watch) >= min(self._ledger.most_steps, self._tell_every):
             mine = self._tell_times(with_loss=due)
             if due:
                 rate = self.optimizer.param_groups[0]["lr"]
@@ -416,9 +420,9 @@ class Trainer:
         workers do not wait for each other, each keeps what is its own.
         """
         steps = self._watch.take()
-        numbers = torch.zeros(3, dtype=torch.float64)
+        numbers = torch.tensor([0.0, 0.0, float(self._asked_to_stop)], dtype=torch.float64)
         if with_loss:
-            numbers = torch.tensor([*self._lost.tolist(), float(self._asked_to_stop)], dtype=torch.float64)
+            numbers[:2] = self._lost
             self._lost.zero_()
         flat = torch.cat([numbers, self._ledger.pack(steps, [step.record() for step in steps])])
         if self.config.joint:
@@ -427,6 +431,9 @@ class Trainer:
         if flat[1] > 0:
             self.state.loss = float(flat[0] / flat[1])
         self.state.fresh = self._ledger.unpack(flat[3:])
+        slowest_ms = max((record["step_ms"] for everyone in self.state.fresh for record in everyone), default=0.0)
+        if self.config.joint and slowest_ms:
+            self._tell_every = max(1, int(1e3 * _HEAR_WITHIN_S / slowest_ms))
         return self._keep(steps, self.state.fresh)
 
     def _keep(self, steps: list[StepTimes], fresh: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -452,6 +459,7 @@ class Trainer:
     def _begin_times(self) -> None:
         """Before the first step, and when the run has gone back to an earlier one."""
         self._watch.take()
+        self._tell_every = sys.maxsize
         offset = offset_to_first(self.comm) if self.config.joint else Offset()
         rank, world_size = (self.comm.rank, self.comm.world_size) if self.config.joint else (0, 1)
         self._ledger = Ledger(rank, world_size, offset, before=self._ledger)

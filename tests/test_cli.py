@@ -276,7 +276,7 @@ def test_doctor_shows_what_something_has_set(dt, monkeypatch: pytest.MonkeyPatch
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "DTRAIN_JOB_DIR": "/nosuch"}.items():
         monkeypatch.setenv(name, value)
     out = dt("doctor")[1]
-    assert re.search(r"^  rank +1 +RANK$", out, re.M)
+    assert re.search(r"^rank +1 +RANK$", out, re.M)
     assert "job_dir" not in out
     assert "default" not in out
 

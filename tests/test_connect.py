@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -27,7 +28,7 @@ from dtrain import env
 from dtrain import errors as e
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
-from dtrain.comm.rendezvous import meet, open_store
+from dtrain.comm.rendezvous import gather, meet, open_store
 from dtrain.comm.solo import Solo
 from dtrain.connect import Request, check_backend
 from dtrain.ps import keys as curve
@@ -561,6 +562,45 @@ def test_workers_that_agree_meet(store: str):
     stores = []
 
     assert together(lambda: come(0), lambda: come(1)) == ["met", "met"]
+
+
+# --- one store for all attempts, as torchrun keeps it
+
+
+def attempt(store: dist.Store, world_size: int, *ranks: int, timeout_s: float = 5.0) -> list[object]:
+    """What the workers of one attempt, threads here, find of each other."""
+
+    def come(rank: int) -> list[str]:
+        mine = gather(store, rank=rank, world_size=world_size, timeout_s=timeout_s)
+        mine.set(str(rank), f"{rank} of {world_size}")
+        return [mine.get(str(other)).decode() for other in range(world_size)]
+
+    return together(*[functools.partial(come, rank) for rank in ranks or range(world_size)])
+
+
+def test_each_attempt_has_a_part_of_the_store_of_its_own():
+    store = dist.HashStore()
+    for world_size in (3, 3, 2, 4, 1):
+        assert attempt(store, world_size) == [[f"{r} of {world_size}" for r in range(world_size)]] * world_size
+
+
+def test_what_an_attempt_has_left_misleads_nobody():
+    """Worker 0 comes last: until then the others hear an earlier call, and answer it again in vain."""
+    store = dist.HashStore()
+    attempt(store, 3)
+    before = threading.Timer(0.3, lambda: late.extend(attempt(store, 3, 0)))
+    late: list[object] = []
+    before.start()
+    assert attempt(store, 3, 1, 2) == [["0 of 3", "1 of 3", "2 of 3"]] * 2
+    before.join()
+    assert late == [["0 of 3", "1 of 3", "2 of 3"]]
+
+
+@pytest.mark.parametrize(("there", "missing"), [((0, 2), [1]), ((1, 2), [0])])
+def test_an_attempt_names_who_does_not_come(there: tuple[int, ...], missing: list[int]):
+    for outcome in attempt(dist.HashStore(), 3, *there, timeout_s=0.3):
+        assert type(outcome) is e.ConnectError, outcome
+        assert f"workers {missing} have not come within 0.3 s" in str(outcome)
 
 
 def test_a_store_of_this_host_is_not_open_to_the_network():

@@ -29,10 +29,11 @@ FLOORS = [
     {"serving"},
     {"recipes", "measure", "largebatch", "norm", "ps"},
     {"comm"},
-    {"checkpoint", "buckets", "data", "processes"},
+    {"checkpoint", "buckets", "data", "processes", "interfaces"},
     {"trees", "generators"},
     {"config", "tables", "prometheus"},
     {"env"},
+    {"clusters"},
     {"errors"},
 ]
 HEIGHT = {unit: -depth for depth, floor in enumerate(FLOORS) for unit in floor}

@@ -21,7 +21,7 @@ from dtrain.errors import Finished, UsageError
 from dtrain.jobs import run as run_job
 from dtrain.launcher import Plan, launch
 from dtrain.processes import end_with_launcher
-from dtrain.runs import RunSpec, Task, check, check_place
+from dtrain.runs import RunSpec, Task, check, stop_at_signals
 from dtrain.runs import train as train_run
 
 
@@ -81,7 +81,6 @@ class Train(RunSpec, _Run):
             timeout_s=self.timeout_s,
             on_worker_loss=self.on_worker_loss,
             max_restarts=self.max_restarts,
-            preemptible=self.checkpoint_every != "never",
         )
         if not env.in_job():
             check(self.spec(), 1 if backend == "solo" else len(self.devices) or self.workers)
@@ -92,11 +91,12 @@ class Train(RunSpec, _Run):
 
     def _work(self, backend: str) -> int:
         """Train, as one worker or as all of them in this process."""
-        check_place(self.spec())
         run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
         spec = self.spec(run_dir=run_dir)
         if backend in ("solo", "threads"):
             end_with_launcher(env.resolve(), "worker 0")
+            if self.checkpoint_every != "never":
+                stop_at_signals()
             workers = 1 if backend == "solo" else len(self.devices) or self.workers
             summary = run_job(
                 train_run,
@@ -190,11 +190,12 @@ class Launch:
     For example: dtrain launch -n 4 --backend ps script.py --its-own --flags
 
     The script calls dtrain.connect(). Worker 0 prints here, the others with their name before each line. When one
-    fails, the rest is ended and the one that failed first is named; nothing stays behind on Ctrl-C.
+    fails, the rest is ended and the one that failed first is named; nothing stays behind on Ctrl-C. Where Slurm, MPI or
+    Kubernetes has started it once on each of several hosts, it starts that host's share of one job.
     """
 
     workers: Annotated[int, arg(aliases=["-n"])] = 2
-    """Number of workers."""
+    """Number of workers on this host."""
     backend: str = "allreduce"
     """What dtrain.connect() takes by default; ps starts a server beside the workers."""
     servers: int = 1
@@ -226,12 +227,29 @@ class Launch:
             threads=self.threads,
             on_worker_loss=self.on_worker_loss,
             max_restarts=self.max_restarts,
+            host=_host(),
         )
         if command[0].endswith(".py"):
             if not Path(command[0]).is_file():
                 raise UsageError(f"{command[0]}: there is no such script in {Path.cwd()}: give its path")
             command = [sys.executable, *command]
         return launch(command, plan)
+
+
+def _host() -> env.Place:
+    """This process among those that a cluster has started to start workers.
+
+    Raises:
+        UsageError: it is a worker itself.
+    """
+    if not env.in_job():
+        return env.Place()
+    place = env.resolve()
+    if place.launcher in ("torchrun", "dtrain launch"):
+        raise UsageError(
+            f"this process is worker {place.rank} of {place.launcher}'s job: run the script, without launch"
+        )
+    return place
 
 
 def flags(fields: dict[str, Any]) -> list[str]:

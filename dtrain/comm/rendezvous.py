@@ -24,8 +24,8 @@ _POLL_S = 0.02
 def open_store(address: str, *, rank: int, host_it: bool, timeout_s: float, prefix: str) -> dist.Store:
     """The store at `address`, `file:///path` or `tcp://host:port`, under a prefix of our own.
 
-    The prefix holds the job's identity and the number of restarts: after a restart by torchrun, the addresses that the
-    first attempt left in a shared store are not found again.
+    The prefix holds the job's identity and the number of restarts, so that what an earlier attempt has left in a store
+    is not found again; where the number is not the same for all, see `gather`.
 
     Args:
         host_it: whether worker 0 listens at the address itself (torchrun's agent already does).
@@ -48,6 +48,59 @@ def open_store(address: str, *, rank: int, host_it: bool, timeout_s: float, pref
         raise UsageError(f"store is {address!r}: give tcp://host:port or file:///path")
     store.set_timeout(timedelta(seconds=timeout_s))
     return dist.PrefixStore(prefix, store)
+
+
+def gather(store: dist.Store, *, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """A part of the store that has only what those write who are here now; return when all have come.
+
+    torchrun keeps one store for all attempts, and its agents count restarts each for themselves (not at all where a
+    host comes or goes), so no name that all know is new. Worker 0 makes one up, and calls; whoever is there answers
+    with a word of its own, and follows when worker 0 has repeated that word.
+
+    Raises:
+        ConnectError: some have not come in time; they are named.
+    """
+    deadline = time.monotonic() + timeout_s
+    try:
+        if rank == 0:
+            return _call(store, world_size, deadline, timeout_s)
+        return _answer(store, rank, world_size, deadline, timeout_s)
+    except RuntimeError as error:  # from the store
+        raise ConnectError(f"worker {rank} of {world_size}: the store is gone before all had come") from error
+
+
+def _call(store: dist.Store, world_size: int, deadline: float, timeout_s: float) -> dist.Store:
+    name = secrets.token_hex(8)
+    store.set("call", json.dumps([name, world_size]))
+    others = set(range(1, world_size))
+    while missing := {rank for rank in others if not store.check([f"{name}/{rank}"])}:
+        if time.monotonic() > deadline:
+            raise ConnectError(
+                f"worker 0 of {world_size}: workers {sorted(missing)} have not come {_in_time(timeout_s)}"
+            )
+        time.sleep(_POLL_S)
+    store.set(f"{name}/all", json.dumps({rank: store.get(f"{name}/{rank}").decode() for rank in others}))
+    return dist.PrefixStore(f"{name}/job", store)
+
+
+def _answer(store: dist.Store, rank: int, world_size: int, deadline: float, timeout_s: float) -> dist.Store:
+    word, answered = secrets.token_hex(8), ""
+    while True:
+        name, size = json.loads(store.get("call")) if store.check(["call"]) else ("", world_size)
+        if name and size == world_size and name != answered:  # else it is an earlier attempt's
+            store.set(f"{name}/{rank}", word)
+            answered = name
+        heard = json.loads(store.get(f"{answered}/all")) if answered and store.check([f"{answered}/all"]) else {}
+        if heard.get(str(rank)) == word:  # an earlier attempt's is another
+            return dist.PrefixStore(f"{answered}/job", store)
+        if time.monotonic() > deadline:
+            late = [r for r in range(1, world_size) if not store.check([f"{answered}/{r}"])] if answered else [0]
+            raise ConnectError(f"worker {rank} of {world_size}: workers {late} have not come {_in_time(timeout_s)}")
+        time.sleep(_POLL_S)
+
+
+def _in_time(timeout_s: float) -> str:
+    return f"within {timeout_s:g} s; were they started, and with the same store?"
 
 
 def meet(store: dist.Store, *, rank: int, world_size: int, backend: str, timeout_s: float) -> None:
@@ -85,10 +138,7 @@ def _meet(store: dist.Store, rank: int, mine: dict[str, Any], here: set[int], ti
             raise UsageError(store.get("quarrel").decode())
         if time.monotonic() > deadline:
             missing = sorted(set(range(world_size)) - here)
-            raise ConnectError(
-                f"worker {rank} of {world_size}: workers {missing} have not come within {timeout_s:g} s; "
-                "were they started, and with the same store?"
-            )
+            raise ConnectError(f"worker {rank} of {world_size}: workers {missing} have not come {_in_time(timeout_s)}")
         if len(here) < world_size:
             time.sleep(_POLL_S)
 
