@@ -260,12 +260,19 @@ def remove(job_dir: str | None) -> None:
         shutil.rmtree(job_dir, ignore_errors=True)
 
 
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+
 def cores() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use: those that it may run on, and no more than its container's share."""
     try:
-        return len(os.sched_getaffinity(0))
+        here = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
-        return os.cpu_count() or 1
+        here = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit: "max 100000"
+        quota_us, period_us = map(int, _CPU_MAX.read_text(encoding="ascii").split())
+        here = min(here, max(1, quota_us // period_us))
+    return here
 
 
 def _is_terminal(stream: IO[str] | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from dtrain import checkpoint
 from tests.faults.forked import Forked, forked
+from tests.faults.job import started
 from tests.faults.test_recovery import kill, same_bits, slow, train, undisturbed, weights
 
 LIMIT_S = 10.0
@@ -59,6 +61,24 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
         time.sleep(0.3)
         job.process.send_signal(signal.SIGTERM)
         assert job.ends(LIMIT_S) == 143, job.err
+
+
+@pytest.mark.parametrize("backend", ["threads", pytest.param("solo", marks=slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
+def test_without_a_launcher(tmp_path: Path, backend: str, number: signal.Signals):
+    """All workers are in the process that gets the signal."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "dtrain", "train", "digits", "--backend", backend, "--run-dir", str(run)]
+    with started(tmp_path, [*command, "--epochs", "900", "--log-every", "5", "--auto-resume"]) as job:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists():
+            assert job.process.poll() is None, job.err
+            assert time.monotonic() < deadline, job.err
+            time.sleep(0.02)
+        job.process.send_signal(number)
+        assert job.ends(LIMIT_S) == 75, job.err
+        assert "asked to stop: the run is saved at step" in job.err
+    assert checkpoint.steps(run / "checkpoints")
 
 
 @slow

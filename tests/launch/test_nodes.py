@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import signal
 import sys
 import time
@@ -78,6 +79,13 @@ class Cluster:
             assert time.monotonic() < deadline, [agent.said() for agent in self.agents.values()]
             time.sleep(0.02)
 
+    def await_step(self, step: int, within_s: float = 60.0) -> None:
+        """Until the log has that step."""
+        log, deadline = self.run / "metrics.jsonl", time.monotonic() + within_s
+        while not log.exists() or f'"step": {step}' not in log.read_text():
+            assert time.monotonic() < deadline, [agent.said() for agent in self.agents.values()]
+            time.sleep(0.02)
+
     def lose(self, host: int) -> None:
         """As if its power was cut: all processes there at once."""
         for process in family(self.agents.pop(host).popen.pid):
@@ -91,9 +99,16 @@ class Cluster:
 def family(pid: int) -> list[psutil.Process]:
     try:
         parent = psutil.Process(pid)
-        return [p for p in [*parent.children(recursive=True), parent] if p.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in [*parent.children(recursive=True), parent] if runs(process)]
     except psutil.NoSuchProcess:
         return []
+
+
+def runs(process: psutil.Process) -> bool:
+    """Zombies do not: nobody collects them on an emulated host."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 @contextlib.contextmanager
@@ -193,11 +208,31 @@ def test_an_agent_is_killed_alone(tmp_path: Path):
         job.await_checkpoint(40)
         agent = job.agents.pop(1)
         members = family(agent.popen.pid)
-        for process in members:
-            if "torch.distributed.run" in process.cmdline():
-                process.send_signal(signal.SIGKILL)
-        _, alive = psutil.wait_procs(members, timeout=5.0)
-        assert not alive
+        psutil.Process(agent.popen.pid).children()[0].send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 5.0
+        while alive := [process for process in members if runs(process)]:
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.02)
         job.start(1)
         job.ends(150)
     same_bits(job.weights(), undisturbed(tmp_path / "alone", 2, epochs=12))
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_a_third_node_comes(tmp_path: Path):
+    """torchrun ends all workers to start them with the new one: they are asked to, and save first."""
+    exact = ["--dtype", "float64", "--norm-batch", "global"]
+    command = ["digits", "--epochs", "25", "--checkpoint-every", "1000", "--log-every", "5", *exact]
+    with cluster(3, tmp_path, "2:3", command, BACKEND="allreduce") as job:
+        job.start(0)
+        job.start(1)
+        job.await_step(40)
+        job.start(2)
+        job.ends(150)
+        assert "resuming" in job.agents[0].said()
+    workers = json.loads((job.run / "summary.json").read_text())["workers"]
+    assert workers == 3, "without it"
+    expected = undisturbed(tmp_path / "alone", 2, epochs=25, dtype="float64", norm_batch="global")
+    found = job.weights()
+    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-9
