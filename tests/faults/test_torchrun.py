@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import dtrain
+from dtrain import checkpoint
+from dtrain.runs import RunSpec
+from dtrain.runs import train as train_run
 from tests.faults.job import VICTIM, started, torchrun
 
 both = pytest.mark.parametrize("backend", ["ps", "allreduce"])
@@ -43,6 +49,28 @@ def test_a_restart_recovers(tmp_path: Path, backend: str, who: int):
     with started(tmp_path, command, DTRAIN_BACKEND=backend, DTRAIN_TIMEOUT_S="20") as job:
         assert job.ends(90) == 0, job.err
     assert [(tmp_path / str(rank)).read_text().split()[1] for rank in range(2)] == ["12", "12"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@both
+def test_a_restart_goes_on_from_the_last_commit(tmp_path: Path, backend: str):
+    """No flag says so: torchrun tells that it has started the job before."""
+    run = tmp_path / "run"
+    train = ["-m", "dtrain", "train", "digits", "--epochs", "8", "--checkpoint-every", "20", "--run-dir", str(run)]
+    with started(tmp_path, torchrun("--max-restarts", "1", *train, "--backend", backend)) as job:
+        deadline = time.monotonic() + 60
+        while not [step for step in checkpoint.steps(run / "checkpoints") if step >= 40]:
+            assert time.monotonic() < deadline, job.err
+            time.sleep(0.02)
+        workers = [p for p in job.running() if "train" in p.cmdline() and p.environ().get("RANK") == "1"]
+        assert len(workers) == 1
+        workers[0].kill()
+        assert job.ends(90) == 0, job.err
+        assert "resuming" in job.err
+    dtrain.run(train_run, RunSpec(run_dir=str(tmp_path / "alone"), epochs=8, progress=False), workers=2)
+    found, expected = (checkpoint.load_tensors(d / "model.safetensors") for d in (run, tmp_path / "alone"))
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("backend", ["ps", pytest.param("allreduce", marks=pytest.mark.slow)])
