@@ -19,6 +19,8 @@ def address_towards(other: str, what: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, int(port)))
+        except socket.gaierror as error:
+            raise UsageError(f"{what} is {other!r}: {host} is the name of no host: {error.strerror}") from error
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"{what} is {other!r}: no address of this host leads there; name servers by hand"

@@ -23,8 +23,11 @@ T = TypeVar("T")
 BACKENDS = ["solo", "threads", "ps", "allreduce"]
 """Every backend behind the seam; `solo` is a world of one."""
 
-_LAUNCH_PREFIXES = ("MASTER_", "LOCAL_", "DMLC_", "DTRAIN_", "TORCHELASTIC_")
-_LAUNCH_NAMES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+_LAUNCH_PREFIXES = (
+    *("MASTER_", "LOCAL_", "DMLC_", "BYTEPS_", "DTRAIN_", "TORCHELASTIC_"),
+    *("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "PET_"),
+)
+_LAUNCH_NAMES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "JOB_COMPLETION_INDEX")
 _SETTLE_S = 5.0
 
 

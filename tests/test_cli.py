@@ -43,6 +43,7 @@ FLAGS = {
     ],
     "keys": ["DIR"],
     "doctor": ["--json"],
+    "health": ["--timeout-s", "--keys", "--if-any"],
 }
 
 

@@ -12,6 +12,7 @@ import tyro
 
 from dtrain import __version__, env
 from dtrain.cli.doctor import Doctor
+from dtrain.cli.health import Health
 from dtrain.cli.planning import PlanCommand
 from dtrain.cli.reporting import Report
 from dtrain.cli.serving import KeysCommand, SchedulerCommand, ServerCommand
@@ -30,6 +31,7 @@ _COMMANDS: dict[str, tuple[Any, str]] = {
     "launch": (Launch, "run a script of your own as n workers on this host"),
     "server": (ServerCommand, "run the parameter server by hand"),
     "scheduler": (SchedulerCommand, "tell several servers and their workers of each other"),
+    "health": (Health, "ask a server whether it answers"),
     "keys": (KeysCommand, "make the keys that the parameter server needs beyond one host"),
     "doctor": (Doctor, "what is here, and what would go wrong"),
 }

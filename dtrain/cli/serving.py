@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,16 +87,16 @@ class ServerCommand:
             insecure_no_encryption=self.insecure_no_encryption,
             give_up=None if place.job_dir is None else functools.partial(give_up, place.job_dir),
         )
-        leave_address(place.job_dir, server.address)
         metrics = None
-        if self.metrics_port is not None:
-            metrics = figures.serve(self.metrics_port, server.terms.server, server.figures)
-            print(f"metrics at http://127.0.0.1:{metrics.port}/metrics", flush=True)
-        if place.launcher_fd is None:
-            which = f", as server {server.terms.server} of {server.terms.num_servers}" if place.scheduler else ""
-            print(f"listening at {server.address} for {place.world_size} workers{which}", flush=True)
         try:
-            return _serve(server)
+            leave_address(place.job_dir, server.address)
+            if self.metrics_port is not None:
+                metrics = figures.serve(self.metrics_port, server.terms.server, server.figures)
+                print(f"metrics at http://127.0.0.1:{metrics.port}/metrics", flush=True)
+            if place.launcher_fd is None:
+                which = f", as server {server.terms.server} of {server.terms.num_servers}" if place.scheduler else ""
+                print(f"listening at {server.address} for {place.world_size} workers{which}", flush=True)
+            return _serve(server, quiet=place.launcher_fd is not None)
         except DtrainError as error:
             if place.launcher_fd is None:
                 raise
@@ -218,20 +219,41 @@ class KeysCommand:
         return 0
 
 
-def _serve(service: Server | Scheduler) -> int:
+_PATIENCE_S = 30.0
+"""How long a server that was asked to stop goes on, so that the workers of its job can save their state."""
+
+
+def _serve(service: Server | Scheduler, *, quiet: bool = False) -> int:
     """Run it to its end, or to a signal; the exit code.
 
-    A handler that raised would be lost where the interpreter cannot let an exception through, in a destructor for one.
+    Who stops a whole job signals all of its processes at once: a server goes on until its workers have left, for which
+    they have half a minute. A second signal ends it at once. SIGUSR1, by which Slurm asks for checkpoints, is for
+    workers. A handler that raised would be lost where the interpreter cannot let an exception through, in a destructor
+    for one.
     """
-    caught: list[int] = []
+    asked: list[int] = []
+    ended: list[int] = []
+
+    def end(number: int) -> None:
+        ended.append(number)
+        service.stop()
 
     def stop(number: int, _: object) -> None:
-        if caught:
+        if asked:
             os._exit(128 + number)  # it did not end after the first one
-        caught.append(number)
-        service.stop()
+        asked.append(number)
+        workers = int(service.figures()["workers"]) if isinstance(service, Server) else 0
+        if number != signal.SIGTERM or not workers:
+            return end(number)
+        if not quiet:
+            text = f"dtrain: asked to stop; waiting until {workers} workers have left, {_PATIENCE_S:g} s at most\n"
+            os.write(2, text.encode())
+        timer = threading.Timer(_PATIENCE_S, end, [number])
+        timer.daemon = True
+        timer.start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     service.run()
-    return 128 + caught[0] if caught else 0
+    return 128 + ended[0] if ended else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import logging
 import socket as net
 from collections import Counter
@@ -83,6 +84,10 @@ class Listener:
     def hears(self, peer: bytes) -> bool:
         """Whether it is worth while to read what a peer sends: one that was refused so often is not answered again."""
         return self._refused[peer] <= _MOST_REFUSED if peer in self._refused else True
+
+    def is_servers(self, frame: zmq.Frame) -> bool:
+        """Whether the servers' own key says that one of them has sent it."""
+        return self.pair is not None and hmac.compare_digest(str(frame.get("User-Id")).encode(), self.pair.public)
 
     def close(self) -> None:
         """Close the socket and remove its file."""

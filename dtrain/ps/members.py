@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from dtrain.errors import ConnectError, DtrainError, Fenced, Finished, ProtocolError, StateLost, UsageError
-from dtrain.ps.wire import Answer, Failed, Hello, Message, Request, Rewind, Welcome, fitting
+from dtrain.ps.wire import Answer, Failed, Hello, Message, Request, Rewind, Standing, Welcome, fitting
 
 Session = bytes
 """Names one connection of one worker; random, never the rank."""
@@ -135,6 +135,12 @@ class Members:
     def gone(self) -> list[Member]:
         """Those that have left and were not dropped."""
         return [m for m in self._by_rank.values() if m.left is not None and m.rank not in self.dropped]
+
+    @property
+    def standing(self) -> Standing:
+        """What is told to whoever asks how the server is."""
+        terms = self.terms
+        return Standing(terms.server, terms.num_servers, len(self.present), terms.world_size)
 
     def stranger(self, session: Session) -> list[Send]:
         """The answer to a message other than Hello from a connection that does not take part."""

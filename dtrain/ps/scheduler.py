@@ -263,8 +263,7 @@ class Scheduler:
             raise ProtocolError(f"a message of {len(frames)} frames; a scheduler takes one")
         if len(frames[0]) > wire.MAX_HEADER_BYTES:
             raise ProtocolError(f"a header of {len(frames[0])} bytes")
-        pair = self._listener.pair
-        is_worker = pair is not None and not hmac.compare_digest(str(frames[0].get("User-Id")).encode(), pair.public)
+        is_worker = self._listener.pair is not None and not self._listener.is_servers(frames[0])
         return self._roll.receive(session, wire.decode(frames[0].bytes), time.monotonic(), is_worker=is_worker)
 
     def _send(self, sends: Sequence[Send]) -> None:

@@ -86,6 +86,7 @@ class Server:
             keys=keys,
             insecure_no_encryption=insecure_no_encryption,
             send_queue=_SEND_QUEUE,
+            servers_too=True,  # a server's host has no worker's key, and asks how it is: `dtrain health`
         )
         self._router = self._listener.router
         self.address = self._listener.address
@@ -186,6 +187,8 @@ class Server:
                 raise ProtocolError(f"{type(message).__name__} with {len(frames) - 1} payloads")
             payload = self._payload(session, message, frames[1].buffer if len(frames) == 2 else None) if known else None
             if isinstance(message, wire.Hello):
+                if self._listener.is_servers(frames[0]):
+                    raise ProtocolError("a worker that comes with the servers' key: give it the worker's")
                 message = replace(message, probe=lanes.answer(message.probe) if message.probe else "")
         except ProtocolError as error:
             self._counts["refused_messages"] += 1

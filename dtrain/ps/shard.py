@@ -16,7 +16,21 @@ from dtrain.ps.layout import Layout
 from dtrain.ps.members import Member, Members, Send, Session, Terms, refusal
 from dtrain.ps.rounds import Part, Rounds
 from dtrain.ps.store import Build, Store, StoreWork
-from dtrain.ps.wire import Add, AddShared, Answer, Await, Bye, Done, Hello, Message, Request, Resume, Share, Unshare
+from dtrain.ps.wire import (
+    Add,
+    AddShared,
+    Answer,
+    Await,
+    Bye,
+    Done,
+    Hello,
+    Inquire,
+    Message,
+    Request,
+    Resume,
+    Share,
+    Unshare,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,8 @@ class Shard:
         members = self.members
         if members.failed:
             return [] if isinstance(message, Bye) else [Send(session, members.failed)]
+        if isinstance(message, Inquire):
+            return [Send(session, members.standing)]
         member = members.get(session)
         try:
             if isinstance(message, Hello):

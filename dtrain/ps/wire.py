@@ -321,6 +321,24 @@ class Failed:
     text: str
 
 
+# -- anybody to a server, and its answer -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inquire:
+    """Asks how the server is; takes no part. -> Standing, or Failed if the job has"""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The server's loop goes round."""
+
+    server: int
+    num_servers: int
+    workers: int  # that have joined and not left
+    world_size: int
+
+
 # -- servers and workers to the scheduler, and its answers -------------------------------------------------------------
 
 
@@ -360,12 +378,13 @@ class Located:
 
 Answer = Done | Sum | Piece | Received | Chosen | Squares | Closed
 Rendezvous = Register | Lookup | Numbered | Located
-Message = Hello | Bye | Request | Welcome | Answer | Again | Ping | Rewind | Failed | Rendezvous
+Message = Hello | Bye | Request | Welcome | Answer | Again | Ping | Rewind | Failed | Inquire | Standing | Rendezvous
 _KINDS: tuple[type, ...] = (
     *(Hello, Bye, Share, Unshare, Add, AddShared, Await, Resume),
     *(Open, Put, Fetch, Begin, Push, PushShared, Pull, PullShared, Ready, Commit, Clip, Recall),
     *(Welcome, Done, Sum, Piece, Received, Chosen, Squares, Closed, Again, Ping, Rewind, Failed),
     *(Register, Lookup, Numbered, Located),
+    *(Inquire, Standing),
 )
 WITH_PAYLOAD = (Add, Open, Put, Begin, Push, Sum, Piece, Squares)
 _FIELDS = {

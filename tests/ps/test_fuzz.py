@@ -62,6 +62,7 @@ MESSAGES: list[tuple[Message, bytes | None]] = [
     (wire.Commit(14, 0, 0, b"\0\0\1\0"), None),
     (wire.Clip(15, 0, 0, 0.5), None),
     (wire.Recall(16, 0), None),
+    (wire.Inquire(), None),
     (wire.Done(0), None),
     (wire.Failed("CommError", "x"), None),
 ]
@@ -77,6 +78,7 @@ ANSWERS: list[tuple[Message, bytes | None]] = [
     (wire.Ping(), None),
     (wire.Rewind(1, "x"), None),
     (wire.Failed("CommError", "x"), None),
+    (wire.Standing(0, 1, 2, 2), None),
     (wire.Fetch(0, 0, 0), None),
 ]
 

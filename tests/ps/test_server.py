@@ -455,16 +455,42 @@ def test_the_process_and_signals(own_temporary_directory: Path, number: int, cod
         work = workers[0].all_reduce(torch.ones(1), "metric/sum")
         os.kill(child.pid, number)
         started = time.monotonic()
+        if number == signal.SIGTERM:  # the first one lets the workers leave, see below
+            time.sleep(0.2)
+            os.kill(child.pid, number)
         with pytest.raises(CommError, match=rf"the server at ipc://{path} \(pid {child.pid} on .*\) is gone"):
             work.wait()
         assert time.monotonic() - started < 5
         assert child.wait(30) == code
         for worker in workers:
             worker.close()
-        if number != signal.SIGKILL:
+        if number == signal.SIGINT:
             assert not path.exists()
         assert "Traceback" not in child.communicate()[1]
     path.unlink(missing_ok=True)
+
+
+def test_a_server_that_is_asked_to_stop_lets_its_workers_finish(own_temporary_directory: Path):
+    """A whole job gets the signal at once, and workers want their servers to save."""
+    path = own_temporary_directory / "s"
+    with process("--bind", f"ipc://{path}", "-n", "2") as child:
+        workers = workers_of(listens_at(child))
+        os.kill(child.pid, signal.SIGUSR1)
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        work_and_leave(workers)
+        assert child.wait(30) == 0
+        assert "asked to stop; waiting until 2 workers have left" in child.communicate()[1]
+    assert not path.exists()
+
+
+def test_a_server_without_workers_stops_at_once(own_temporary_directory: Path):
+    path = own_temporary_directory / "s"
+    with process("--bind", f"ipc://{path}", "-n", "2") as child:
+        listens_at(child)
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.wait(5) == 143
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
