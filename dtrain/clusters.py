@@ -37,6 +37,68 @@ class Told:
         return f"{name}={value}"
 
 
+def fill(values: dict[str, object], sources: dict[str, str], environ: Mapping[str, str]) -> str | None:
+    """Complete what nearer variables and arguments have told of a worker's place; who has numbered the workers.
+
+    Whoever starts processes in a cluster's task numbers them anew: torchrun and `dtrain launch` count for more, and so
+    does an argument. What was set by hand must agree with a launcher that counts as many workers.
+
+    Args:
+        values: field of `env.Place` -> its value; `sources`: the argument or the variable that set it. Both are added
+            to.
+
+    Raises:
+        UsageError: it does not agree; or as `told`.
+    """
+    inner = _inner_launcher(environ)
+    if inner is not None or "argument" in (sources.get("rank"), sources.get("world_size")):
+        return inner
+    by_hand = {name for name in ("rank", "world_size") if name in values}
+    who = "ps-lite" if sources.get("rank", "").startswith("DMLC_") else None
+    for found in told(environ):
+        differs = [n for n in ("rank", "world_size") if n in values and values[n] != found.fields[n][0]]
+        if not differs:
+            for name, (value, variable) in found.fields.items():
+                values.setdefault(name, value)
+                sources.setdefault(name, variable)
+            who = who or found.launcher
+        elif by_hand >= set(differs) and (differs == ["rank"] or len(by_hand) == 1):
+            name = differs[0]
+            raise UsageError(
+                f"{sources[name]}={values[name]} and {found.variable(name)} contradict each other: {found.launcher} "
+                f"has set {name} too; unset what was set by hand"
+            )
+    index = _number(environ, "JOB_COMPLETION_INDEX")  # of an indexed job, which does not tell its size
+    if index is not None and "rank" not in values and "world_size" in values:
+        values["rank"], sources["rank"] = index, "JOB_COMPLETION_INDEX"
+        return "Kubernetes"
+    return who
+
+
+def by_process(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """BytePS's variables count hosts and the processes of each; the same in ps-lite's words, which count processes.
+
+    Raises:
+        UsageError: one of them is no number.
+    """
+    each = _number(environ, "BYTEPS_LOCAL_SIZE")
+    hosts = None if each is None else _number(environ, "DMLC_NUM_WORKER")
+    if hosts is None or each is None:
+        return environ
+    more = {"DMLC_NUM_WORKER": str(hosts * each)}
+    host, local = (_number(environ, name) for name in ("DMLC_WORKER_ID", "BYTEPS_LOCAL_RANK"))
+    if host is not None and local is not None:
+        more["DMLC_WORKER_ID"] = str(host * each + local)
+    return {**environ, **more}
+
+
+def _inner_launcher(environ: Mapping[str, str]) -> str | None:
+    """The launcher that has started this very process, where it tells."""
+    if environ.get("TORCHELASTIC_RUN_ID") and environ.get("RANK"):
+        return "torchrun"
+    return "dtrain launch" if environ.get("DTRAIN_LAUNCHER_FD") else None
+
+
 def told(environ: Mapping[str, str]) -> list[Told]:
     """All launchers that have numbered this process among others, the innermost first.
 

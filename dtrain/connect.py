@@ -219,7 +219,8 @@ def _open(request: Request, backend: str) -> dist.Store:
     if place.store is None:
         raise UsageError(
             f"backend {backend} with {place.world_size} workers needs a place to meet: start the job with "
-            "`dtrain launch` or torchrun, or give store='tcp://host:port' or 'file:///path'"
+            "`dtrain launch` or torchrun, set MASTER_ADDR and MASTER_PORT, or give store='tcp://host:port' or "
+            "'file:///path'"
         )
     attempt = "any" if place.launcher == "torchrun" else place.restart
     return open_store(

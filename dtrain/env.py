@@ -118,8 +118,7 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
     Raises:
         UsageError: two variables contradict each other, a value is not a number, or the numbers do not fit together.
     """
-    environ = os.environ if environ is None else environ
-    environ = _by_process(environ)
+    environ = clusters.by_process(os.environ if environ is None else environ)
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
     pairs = _pairs(environ, arguments)
@@ -131,7 +130,7 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
         if found:
             values[name], sources[name] = _number(name, *found), found[1]
     if values.get("role", "worker") == "worker":
-        values["launcher"] = _ask_launchers(values, sources, environ)
+        values["launcher"] = clusters.fill(values, sources, environ)
     if values.get("world_size", 1) != 1 and "rank" not in values:
         raise UsageError(
             f"world_size is {values['world_size']} ({sources['world_size']}) and no rank is given: set RANK, or "
@@ -142,71 +141,6 @@ def resolve(environ: Mapping[str, str] | None = None, **arguments: object) -> Pl
     if "local_world_size" not in values and "local_rank" not in values:
         _assume_one_host(values, environ)
     return Place(**values, sources=sources)  # type: ignore[arg-type]
-
-
-def _ask_launchers(values: dict[str, object], sources: dict[str, str], environ: Mapping[str, str]) -> str | None:
-    """Fill what MPI, Slurm and Kubernetes tell, where nothing nearer has told it; who has numbered the workers.
-
-    Whoever starts processes in a cluster's task numbers them anew: torchrun and `dtrain launch` count for more, and so
-    does an argument. What was set by hand must agree with a launcher that counts as many workers.
-
-    Raises:
-        UsageError: it does not agree.
-    """
-    inner = _inner_launcher(environ)
-    if inner is not None or "argument" in (sources.get("rank"), sources.get("world_size")):
-        return inner
-    by_hand = {name: values[name] for name in ("rank", "world_size") if name in values}
-    who = "ps-lite" if sources.get("rank", "").startswith("DMLC_") else None
-    for found in clusters.told(environ):
-        differs = [n for n in ("rank", "world_size") if n in values and values[n] != found.fields[n][0]]
-        if not differs:
-            for name, (value, variable) in found.fields.items():
-                values.setdefault(name, value)
-                sources.setdefault(name, variable)
-            who = who or found.launcher
-        elif by_hand.keys() >= set(differs) and (differs == ["rank"] or len(by_hand) == 1):
-            name = differs[0]
-            raise UsageError(
-                f"{sources[name]}={values[name]} and {found.variable(name)} contradict each other: {found.launcher} "
-                f"has set {name} too; unset what was set by hand"
-            )
-    if environ.get("JOB_COMPLETION_INDEX") and "rank" not in values and "world_size" in values:
-        sources["rank"] = "JOB_COMPLETION_INDEX"  # of an indexed job, which does not tell its size
-        values["rank"] = _number("rank", environ["JOB_COMPLETION_INDEX"], "JOB_COMPLETION_INDEX")
-        return "Kubernetes"
-    return who
-
-
-def _inner_launcher(environ: Mapping[str, str]) -> str | None:
-    """The launcher that has started this very process, where it tells."""
-    if environ.get("TORCHELASTIC_RUN_ID") and environ.get("RANK"):
-        return "torchrun"
-    return "dtrain launch" if environ.get("DTRAIN_LAUNCHER_FD") else None
-
-
-def _by_process(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """BytePS's variables count hosts and the processes of each; the same in ps-lite's words, which count processes.
-
-    Raises:
-        UsageError: one of them is no number.
-    """
-    if not (environ.get("BYTEPS_LOCAL_SIZE") and environ.get("DMLC_NUM_WORKER")):
-        return environ
-    each = _integer(environ, "BYTEPS_LOCAL_SIZE")
-    more = {"DMLC_NUM_WORKER": str(_integer(environ, "DMLC_NUM_WORKER") * each)}
-    if environ.get("DMLC_WORKER_ID") and environ.get("BYTEPS_LOCAL_RANK"):
-        more["DMLC_WORKER_ID"] = str(
-            _integer(environ, "DMLC_WORKER_ID") * each + _integer(environ, "BYTEPS_LOCAL_RANK")
-        )
-    return {**environ, **more}
-
-
-def _integer(environ: Mapping[str, str], variable: str) -> int:
-    try:
-        return int(environ[variable])
-    except ValueError:
-        raise UsageError(f"{variable}={environ[variable]}: it is a number") from None
 
 
 def _pairs(environ: Mapping[str, str], arguments: Mapping[str, object]) -> dict[str, tuple[str, str]]:
