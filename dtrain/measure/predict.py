@@ -17,10 +17,13 @@ from dtrain.measure.step import Boxes, Bucket, NormMessage, Place, Wiring, Work,
 
 INTERVAL = (
     "Intervals: where eight steps in ten should lie, if computing and transfers scatter as they did in the probe "
-    "(the model played with 16 draws of both)."
+    "(the model played with 16 draws of both), and the model errs as it did where it was tried."
 )
 """What `low` and `high` of a prediction are, in words."""
 
+_OFF = 0.04
+"""By how much the model itself was off, eight times in ten, on emulated hosts: `benchmarks/predict.py`. With it, 16 of
+the 19 undisturbed cases there lie in their intervals, and 13 without."""
 _DRAWS = 16
 _MOST_PARTS = 64
 _MIDDLE_80 = statistics.NormalDist().inv_cdf(0.9)
@@ -124,7 +127,9 @@ def predict(profile: Profile, setting: Setting) -> Prediction:
     work, wiring = work_of(profile, setting), wiring_of(profile, setting)
     typical = boxes(work, wiring)
     times_ms = sorted(boxes(*drawn).step_ms for drawn in _draws(profile, setting, work, wiring))
-    low_ms, high_ms = (_quantile(times_ms, q) for q in (0.1, 0.9))
+    off_ms = 0.0 if setting.workers == 1 else _OFF * typical.step_ms
+    below_ms = math.hypot(max(0.0, typical.step_ms - _quantile(times_ms, 0.1)), off_ms)
+    above_ms = math.hypot(max(0.0, _quantile(times_ms, 0.9) - typical.step_ms), off_ms)
     alone = typical
     if setting.workers > 1:
         one = replace(setting, backend="solo", workers=1, servers=1, place="apart", link=None)
@@ -132,8 +137,8 @@ def predict(profile: Profile, setting: Setting) -> Prediction:
     return Prediction(
         setting=setting,
         boxes=typical,
-        low_ms=min(low_ms, typical.step_ms),
-        high_ms=max(high_ms, typical.step_ms),
+        low_ms=typical.step_ms - below_ms,
+        high_ms=typical.step_ms + above_ms,
         samples_per_s=setting.batch * setting.workers / typical.step_ms * 1e3,
         scaling=alone.step_ms / typical.step_ms,
     )
