@@ -29,8 +29,8 @@ _FIRST = 2  # columns before the boxes: whether there is such a step, and when i
 _COUNT = _FIRST + len(BOXES)  # then the number of transfers, and of each: called, wait, done
 _HEAD = _COUNT + 1
 _MOST_STEPS, _MOST_BYTES = 200, 4 * 2**20
-_AT_LEAST, _AT_MOST = 32, 2048
-"""Transfers of a step that there is room for."""
+_AT_FIRST, _AT_LEAST, _AT_MOST = 32, 4, 2048
+"""Transfers of a step that there is room for: before any step was seen, and later. A small message passes sooner."""
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -58,7 +58,7 @@ class Ledger:
         self._rank = rank
         self._world_size = world_size
         self._offset_s = (offset or Offset()).seconds
-        self._room = _AT_LEAST  # transfers of a step, the same on all workers
+        self._room, self._most = _AT_FIRST, 0  # transfers of a step: room for them, and seen; the same on all workers
         self._start_s: float | None = None if before is None else before._start_s
         known = [] if before is None else before.late
         self.late: list[Late] = known if len(known) == world_size else [Late() for _ in range(world_size)]
@@ -100,8 +100,9 @@ class Ledger:
             [self._record(table, waits, rank, step) for rank in range(self._world_size) if here[rank, step]]
             for step in range(table.shape[1])
         ]
-        most = int(table[:, :, _COUNT].max(initial=0))
-        self._room = min(_AT_MOST, max(self._room, most))
+        self._most = max(self._most, int(table[:, :, _COUNT].max(initial=0)))
+        if found:
+            self._room = min(_AT_MOST, max(_AT_LEAST, self._most))
         return found
 
     def _record(self, table: Array, waits: Array, rank: int, step: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from dtrain.comm import collectives
 from dtrain.measure import Ledger, Offset, Sent, StepTimes, metered, offset_to_first
 from dtrain.measure.clock import bounds
 from dtrain.measure.stopwatch import Stopwatch
+from dtrain.ps.board import MOST_BYTES
 from tests.conftest import everywhere
 
 
@@ -88,6 +89,16 @@ def test_a_step_with_many_transfers_finds_room_the_next_time() -> None:
     ours = ledgers(2)
     assert all("wait_ms" not in r for r in together(ours, [[many], [many]])[0][0])
     assert all("wait_ms" in r for r in together(ours, [[many], [many]])[0][0])
+
+
+def test_few_transfers_make_a_small_message() -> None:
+    """Ten steps of four workers then pass by the workers' common board, and wait for no server."""
+    ten = [step(sent(0.1, 0.2, 0.8), sent(0.4, 0.5, 0.8), number=n) for n in range(10)]
+    ours = ledgers(4)
+    found = together(ours, [ten] * 4)[0]
+    packed = ours[0].pack(ten, [one.record() for one in ten])
+    assert packed.nbytes < MOST_BYTES
+    assert together(ours, [ten] * 4)[0][0][0]["wait_ms"] == found[0][0]["wait_ms"]
 
 
 def test_a_message_of_times_is_bounded() -> None:
