@@ -201,10 +201,13 @@ def logged(comm: dtrain.Backend, case: Case, folder: str) -> dict[str, tuple[flo
 def main() -> None:
     flags = common.parser(__doc__ or "")
     flags.add_argument("--workers", type=int, default=2)
+    flags.add_argument("--case", default="", help="only cases whose name contains this")
     flags.add_argument("--repeats", type=int, help="times in new processes (default 2, with --quick 1)")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()
-    cases = QUICK if arguments.quick else CASES
+    cases = [case for case in (QUICK if arguments.quick else CASES) if arguments.case in case.name]
+    if not cases:
+        flags.error(f"--case {arguments.case}: there are {', '.join(case.name for case in CASES)}")
     run = functools.partial(dtrain.run, workers=arguments.workers)
     rows = [_cost_row(case, backend, arguments, run) for case in cases for backend in ("ps", "allreduce")]
     print(common.show(rows), flush=True)
