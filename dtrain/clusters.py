@@ -69,7 +69,7 @@ def fill(values: dict[str, object], sources: dict[str, str], environ: Mapping[st
                 f"has set {name} too; unset what was set by hand"
             )
     index = _number(environ, "JOB_COMPLETION_INDEX")  # of an indexed job, which does not tell its size
-    if index is not None and "rank" not in values and "world_size" in values:
+    if index is not None and "rank" not in values and values.get("world_size", 1) != 1:
         values["rank"], sources["rank"] = index, "JOB_COMPLETION_INDEX"
         return "Kubernetes"
     return who
@@ -107,6 +107,8 @@ def told(environ: Mapping[str, str]) -> list[Told]:
             each other.
     """
     mpi = [found for find in (_open_mpi, _pmi) if (found := find(environ))]
+    if len({found.world_size for found in mpi}) > 1:  # one process is the shell in which the others were started
+        mpi = [found for found in mpi if found.world_size != 1]
     if len(mpi) == 2 and (mpi[0].rank, mpi[0].world_size) != (mpi[1].rank, mpi[1].world_size):
         first, second = (f"{found.variable('rank')}, {found.variable('world_size')}" for found in mpi)
         raise UsageError(f"{first} and {second} contradict each other: both number the processes of mpirun; unset one")

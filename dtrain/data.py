@@ -9,6 +9,7 @@ comes twice.
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -113,6 +114,12 @@ def share(count: int, *, accumulate: int, rank: int, world_size: int) -> list[ra
         mine = cut(piece.stop - piece.start, rank, world_size)
         ranges.append(range(piece.start + mine.start, piece.start + mine.stop))
     return ranges
+
+
+def leave_signals(_: int) -> None:
+    """Let a process that fetches data live while its worker, which is asked to stop, saves. It ends with that."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:
@@ -222,6 +229,7 @@ class Loader:
             num_workers=self._num_workers,
             collate_fn=self._collate,
             generator=self._own_generator(epoch),
+            worker_init_fn=leave_signals,
         )
 
     def _own_generator(self, epoch: int) -> torch.Generator:
@@ -231,7 +239,9 @@ class Loader:
     def _stream(self, epoch: int, start: int) -> Iterator[Step]:
         stream = _Shares(self.dataset, self.global_batch, self._accumulate, self._place, self._collate)  # type: ignore[arg-type]
         generator = self._own_generator(epoch)
-        loader = DataLoader(stream, batch_size=None, num_workers=self._num_workers, generator=generator)
+        loader = DataLoader(
+            stream, batch_size=None, num_workers=self._num_workers, generator=generator, worker_init_fn=leave_signals
+        )
         for number, (total, micros) in enumerate(loader):
             if number >= start:
                 yield Step(number, total, [Micro(batch, samples) for batch, samples in micros])

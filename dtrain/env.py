@@ -217,7 +217,7 @@ def in_job(environ: Mapping[str, str] | None = None) -> bool:
     environ = os.environ if environ is None else environ
     if bool(environ.get("RANK") and environ.get("WORLD_SIZE")) or bool(environ.get("DMLC_WORKER_ID")):
         return True
-    if environ.get("JOB_COMPLETION_INDEX") and environ.get("WORLD_SIZE"):
+    if environ.get("JOB_COMPLETION_INDEX") and environ.get("WORLD_SIZE", "1") != "1":
         return True
     return any(found.world_size != 1 for found in clusters.told(environ))
 

@@ -6,6 +6,7 @@ import socket
 
 import psutil
 
+from dtrain import env
 from dtrain.errors import UsageError
 
 
@@ -35,6 +36,9 @@ def interface_towards(other: str) -> str | None:
     The other host may be this one, by a name that stands for a loopback address here, as Debian sets names up. Then it
     is the only interface that leads elsewhere.
     """
+    host = other.removeprefix("tcp://").rpartition(":")[0]
+    if host == "localhost" or host.startswith("127."):  # this host, as it was told
+        return env.LOOPBACK
     try:
         address = address_towards(other, "host")
     except UsageError:

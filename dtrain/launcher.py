@@ -191,6 +191,8 @@ class _Job:
             self._look()
             self._children.append(begin(0))
             self.pids.append(self._children[-1].process.pid)
+            if self._asked_to_save:  # not all are here that would have to save
+                raise _Signalled(self._asked_to_save)
 
     def _start_server(self, name: str, number: int, restart: int) -> Child:
         place = env.Place(role="server", job_id=self._id, job_dir=self._folder, restart=restart)
@@ -263,11 +265,13 @@ class _Job:
             self._say(f"{child} {self._how(child)}, after {done[0].name} had finished: nothing is lost")
             self._lost.append(child)
             return True
+        if self._asked_to_save or self._code(child) in _FOR_GOOD:
+            return False
         if plan.on_worker_loss == "drop" and child in self._workers and len(self._lost) + 1 < plan.workers:
             self._say(f"{child} {self._how(child)}; the others go on without it")
             self._lost.append(child)
             return True
-        if plan.on_worker_loss != "wait" or self._asked_to_save or self._code(child) in _FOR_GOOD:
+        if plan.on_worker_loss != "wait":
             return False
         word = left_word(self._folder, child.name)
         # Who ends with 69 complains about somebody else, who was lost before: that counts as one fault, not as several.

@@ -168,9 +168,10 @@ def end_with_launcher(place: env.Place, who: str) -> None:
         else:
             with contextlib.suppress(OSError):
                 os.read(fd, 1)  # returns when the launcher's end closes, whatever the reason
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             for process in psutil.Process().children(recursive=True):
-                process.kill()
+                if os.getsid(process.pid) == os.getsid(0):  # else it looks after itself, and tidies up
+                    process.kill()
         message = f"dtrain: {who}: the launcher is gone; stopping\n"
         with contextlib.suppress(OSError):
             os.write(2, message.encode())

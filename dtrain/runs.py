@@ -216,17 +216,23 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     resumed_step = 0
     if folder is not None and not comes_back and _resumes(comm, spec, folder, again=again):
         resumed_step = _resume(trainer, spec, recipe, folder)
-        if _is_over(trainer) and (folder / "summary.json").exists():
+        if _is_over(trainer) and _has_ended(trainer, folder):
+            if spec.resume:
+                raise _nothing_to_train(resumed_step)
             return _ended_before(comm, spec, folder)
     if comm.rank == 0 and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").unlink(missing_ok=True)  # of an earlier, shorter run
         _write(folder / "config.json", _asked_for(spec, trainer, recipe, device))
     samples_before = trainer.state.samples
-    if spec.checkpoint_every != "never":
+    if spec.checkpoint_every != "never" and folder is not None:
         stop_at_signals()
         _stoppable.add(trainer)
     started_s = time.perf_counter()
-    state = trainer.fit()
+    try:
+        state = trainer.fit()
+    finally:
+        _stoppable.discard(trainer)
     seconds = time.perf_counter() - started_s
     if not trainer.records and not state.rewinds and not resumed_step:
         raise _nothing_to_train(resumed_step)
@@ -286,6 +292,21 @@ def _resumes(comm: Backend, spec: RunSpec, folder: Path, *, again: bool) -> bool
 
 def _is_over(trainer: Trainer) -> bool:
     return trainer.state.steps is not None and trainer.state.step >= trainer.state.steps
+
+
+def _has_ended(trainer: Trainer, folder: Path) -> bool:
+    """Whether a run that has made all of its steps has also left its files; worker 0 looks for all."""
+    ended = trainer.comm.rank == 0 and _ended_at(folder) == trainer.state.step
+    return collectives.sum_numbers(trainer.comm, [float(ended)], "metric/ended")[0] > 0
+
+
+def _ended_at(folder: Path) -> int | None:
+    """The last step of a run that has ended."""
+    try:
+        steps: int | None = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("steps")
+    except (OSError, ValueError):
+        return None
+    return steps
 
 
 def _ended_before(comm: Backend, spec: RunSpec, folder: Path) -> dict[str, Any]:
@@ -348,7 +369,8 @@ def check(spec: RunSpec, workers: int) -> None:
     if spec.run_dir is not None and (spec.resume or spec.auto_resume):
         _check_same(spec, recipe, Path(spec.run_dir))
         root = Path(spec.run_dir) / "checkpoints"
-        if spec.resume and 0 < total <= checkpoint.steps(root)[-1] and (step := checkpoint.load(root).step) >= total:
+        ended = spec.resume and _ended_at(Path(spec.run_dir)) is not None
+        if ended and 0 < total <= checkpoint.steps(root)[-1] and (step := checkpoint.load(root).step) >= total:
             raise _nothing_to_train(step)
 
 
@@ -364,8 +386,6 @@ def _resume(trainer: Trainer, spec: RunSpec, recipe: Recipe, folder: Path) -> in
     planned = _check_same(spec, recipe, folder)
     step = trainer.resume(folder / "checkpoints")
     total = trainer.state.steps
-    if _is_over(trainer) and spec.resume:
-        raise _nothing_to_train(step)
     collectives.barrier(trainer.comm)  # all have read the old config.json
     if trainer.comm.rank == 0:
         if spec.progress:

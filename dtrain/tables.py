@@ -144,7 +144,8 @@ def _notes(backends: Iterable[str]) -> list[str]:
 def _timing(run: dict[str, Any]) -> list[str]:
     ratio = _number(run["ratio"], 1) if "ratio" in run else "-"
     cells = [_number(run.get(name), 2) for name in ("step_ms", "compute_ms", "exposed_comm_ms")]
-    return [*cells, ratio, _number(run["bytes_sent_per_step"] / 1e6, 3), f"{run['samples_per_s']:.0f}"]
+    sent = run.get("bytes_sent_per_step")  # nothing, where all steps were made before
+    return [*cells, ratio, _number(None if sent is None else sent / 1e6, 3), f"{run['samples_per_s']:.0f}"]
 
 
 def _loss(run: dict[str, Any]) -> str:

@@ -44,13 +44,15 @@ fi
 
 # In a process group of its own: Ctrl-C is for this shell, which asks in the way that both kinds of mpirun pass on.
 set -m
-"$mpirun" "${flags[@]}" "${command[@]}" "$@" </dev/null &
+signalled='' ask=USR1 code=0
 trap 'signalled=yes' INT TERM USR1 HUP
-ask=USR1 code=0
+"$mpirun" "${flags[@]}" "${command[@]}" "$@" </dev/null &
 while true; do
-  signalled=
-  wait $! && code=0 || code=$?
+  if [[ ! $signalled ]]; then
+    wait $! && code=0 || code=$?
+  fi
   [[ $signalled ]] || break # else it is the signal that ended `wait`
+  signalled=
   kill -"$ask" $! || true
   if [[ $ask == INT ]]; then # the first of two goes to the workers
     sleep 0.1

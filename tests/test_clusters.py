@@ -57,6 +57,9 @@ def numbers(place: env.Place) -> tuple[str | None, int, int, int, int]:
         pytest.param(KUBEFLOW, ("Kubeflow", 1, 2, 0, 1), id="a pod of a TrainJob"),
         pytest.param({"JOB_COMPLETION_INDEX": "1", "WORLD_SIZE": "2"}, ("Kubernetes", 1, 2, 1, 2), id="indexed job"),
         pytest.param({"JOB_COMPLETION_INDEX": "1"}, ALONE, id="a job of its own on each index"),
+        pytest.param(
+            {**OPEN_MPI, "PMI_RANK": "0", "PMI_SIZE": "1"}, ("Open MPI", 3, 4, 1, 2), id="mpirun in a shell of srun's"
+        ),
         pytest.param({**TORCHRUN, **KUBEFLOW}, ("torchrun", 5, 8, 1, 4), id="torchrun in a pod"),
         pytest.param({**TORCHRUN, **SLURM}, ("torchrun", 5, 8, 1, 4), id="torchrun in a task"),
         pytest.param({**OPEN_MPI, **SLURM}, ("Open MPI", 3, 4, 1, 2), id="mpirun in a Slurm job"),
@@ -88,6 +91,12 @@ def test_the_place(environ: dict[str, str], expected: tuple[str | None, int, int
     place = env.resolve(environ)
     assert numbers(place) == expected
     assert env.in_job(environ) is (place.world_size > 1 or "RANK" in environ)
+
+
+def test_an_index_of_a_job_of_one_worker_says_nothing():
+    environ = {"JOB_COMPLETION_INDEX": "3", "WORLD_SIZE": "1"}
+    assert numbers(env.resolve(environ)) == ALONE
+    assert not env.in_job(environ)
 
 
 def test_slurm_tells_where_to_meet():

@@ -405,3 +405,47 @@ def test_digits_are_learnt(tmp_path: Path) -> None:
 def test_when_to_save_is_understood_before_the_run(every: str) -> None:
     """What a run takes, the look at it beforehand takes too."""
     check(dataclasses.replace(SMALL, checkpoint_every=every), 2)
+
+
+# --- a run that is started again and again by the same command
+
+
+def again(folder: Path, steps: int) -> tuple[dict[str, Any], str]:
+    """The summary, and the file of the weights as it is afterwards."""
+    spec = dataclasses.replace(SMALL, run_dir=str(folder), auto_resume=True, steps=steps, checkpoint_every="4")
+    (summary,) = dtrain.run(train, spec, workers=1)
+    return summary, (folder / "model.safetensors").read_bytes().hex()
+
+
+def test_auto_resume_begins_goes_on_and_ends(tmp_path: Path) -> None:
+    began, short = again(tmp_path, 8)
+    assert began["steps"] == 8
+    ended, same = again(tmp_path, 8)
+    assert (ended["steps"], ended["seconds"], same) == (8, began["seconds"], short)  # it had ended
+    longer, weights = again(tmp_path, 12)
+    assert longer["steps"] == 12
+    assert weights != short
+
+
+def test_auto_resume_finishes_what_was_killed_after_its_last_commit(tmp_path: Path) -> None:
+    """What an earlier, shorter run has left is not taken for its result."""
+    again(tmp_path, 8)
+    old = {name: (tmp_path / name).read_bytes() for name in ("summary.json", "model.safetensors")}
+    _, weights = again(tmp_path, 12)
+    for name, data in old.items():
+        (tmp_path / name).write_bytes(data)
+    assert again(tmp_path, 12)[1] == weights
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 12
+    for name in old:
+        (tmp_path / name).unlink()
+    summary, finished = again(tmp_path, 12)
+    assert finished == weights
+    assert summary["backend"] in tables.run(summary)
+
+
+def test_auto_resume_says_where(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--auto-resume needs --run-dir"):
+        dtrain.run(train, dataclasses.replace(SMALL, auto_resume=True), workers=1)
+    both = dataclasses.replace(SMALL, auto_resume=True, resume=True, run_dir=str(tmp_path))
+    with pytest.raises(UsageError, match="give one of them"):
+        dtrain.run(train, both, workers=1)

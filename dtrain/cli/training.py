@@ -21,7 +21,7 @@ from dtrain.errors import Finished, UsageError
 from dtrain.jobs import run as run_job
 from dtrain.launcher import Plan, launch
 from dtrain.processes import end_with_launcher
-from dtrain.runs import RunSpec, Task, check, stop_at_signals
+from dtrain.runs import RunSpec, Task, check, check_place, stop_at_signals
 from dtrain.runs import train as train_run
 
 
@@ -91,9 +91,12 @@ class Train(RunSpec, _Run):
 
     def _work(self, backend: str) -> int:
         """Train, as one worker or as all of them in this process."""
-        run_dir = self.run_dir or _new_run_dir(self.recipe, backend)
+        here = backend in ("solo", "threads")
+        if self.run_dir is None:
+            check_place(self.spec())  # what goes on from a checkpoint says from where
+        run_dir = self.run_dir or _new_run_dir(self.recipe, backend, alone=here)
         spec = self.spec(run_dir=run_dir)
-        if backend in ("solo", "threads"):
+        if here:
             end_with_launcher(env.resolve(), "worker 0")
             if self.checkpoint_every != "never":
                 stop_at_signals()
@@ -106,7 +109,7 @@ class Train(RunSpec, _Run):
                 devices=self.devices or None,
                 timeout_s=self.timeout_s,
             )[0]
-            first = env.resolve().rank == 0
+            first = True
         else:
             try:
                 comm = connect(backend, lanes=self.lanes, timeout_s=self.timeout_s)
@@ -268,9 +271,13 @@ def flags(fields: dict[str, Any]) -> list[str]:
     return words
 
 
-def _new_run_dir(what: str, backend: str) -> str:
-    """A directory of this run's own. Worker 0 writes for all: elsewhere it is a name, and is not made."""
-    if env.in_job() and env.resolve().rank > 0:
+def _new_run_dir(what: str, backend: str, *, alone: bool = False) -> str:
+    """A directory of this run's own. Worker 0 writes for all: elsewhere it is a name, and is not made.
+
+    Args:
+        alone: whether all workers are in this process, whatever its place in a job is.
+    """
+    if not alone and env.in_job() and env.resolve().rank > 0:
         return "runs/worker-0-only"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = "-".join(part for part in (what, backend, stamp) if part)

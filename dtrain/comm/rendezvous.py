@@ -94,7 +94,8 @@ def _answer(store: dist.Store, rank: int, world_size: int, deadline: float, time
         if heard.get(str(rank)) == word:  # an earlier attempt's is another
             return dist.PrefixStore(f"{answered}/job", store)
         if time.monotonic() > deadline:
-            late = [r for r in range(1, world_size) if not store.check([f"{answered}/{r}"])] if answered else [0]
+            late = [r for r in range(1, world_size) if not store.check([f"{answered}/{r}"])] if answered else []
+            late = late or [0]  # the call was that of an earlier attempt, and so were the answers
             raise ConnectError(f"worker {rank} of {world_size}: workers {late} have not come {_in_time(timeout_s)}")
         time.sleep(_POLL_S)
 

@@ -63,6 +63,22 @@ def test_a_second_signal_ends_at_once(tmp_path: Path):
         assert job.ends(LIMIT_S) == 143, job.err
 
 
+@slow
+def test_processes_that_fetch_data_outlive_the_signal(tmp_path: Path):
+    """The whole process group of a worker gets it."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "dtrain", "train", "digits", "-n", "2", "--num-data-workers", "1"]
+    with started(tmp_path, [*command, "--epochs", "900", "--log-every", "5", "--run-dir", str(run)]) as job:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists():
+            assert job.process.poll() is None, job.err
+            assert time.monotonic() < deadline, job.err
+            time.sleep(0.02)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.ends(LIMIT_S * 2) == 75, job.err
+    assert checkpoint.steps(run / "checkpoints")
+
+
 @pytest.mark.parametrize("backend", ["threads", pytest.param("solo", marks=slow)])
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
 def test_without_a_launcher(tmp_path: Path, backend: str, number: signal.Signals):
