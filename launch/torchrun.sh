@@ -19,7 +19,7 @@ export DTRAIN_BACKEND=${BACKEND:-allreduce}
 [[ -z ${SERVERS:-} ]] || export DTRAIN_SERVERS=$SERVERS
 torchrun=${TORCHRUN:-torchrun}
 # What it is sent it passes on to the workers; SIGUSR1 too, by which Slurm asks for a checkpoint.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 
 job=(--nproc-per-node "${NPROC:-2}" --max-restarts "${MAX_RESTARTS:-0}")
 if [[ ${NNODES:-1} == 1 ]]; then

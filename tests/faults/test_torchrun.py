@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_a_restart_goes_on_from_the_last_commit(tmp_path: Path, backend: str):
     dtrain.run(train_run, RunSpec(run_dir=str(tmp_path / "alone"), epochs=8, progress=False), workers=2)
     found, expected = (checkpoint.load_tensors(d / "model.safetensors") for d in (run, tmp_path / "alone"))
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_torchrun_saves(tmp_path: Path, number: signal.Signals):
+    """torchrun passes it on, and waits; it ends with 1 whatever its workers end with."""
+    run = tmp_path / "run"
+    script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+    train = ["train", "digits", "--epochs", "900", "--log-every", "5", "--run-dir", str(run)]
+    command = str(Path(sys.executable).with_name("torchrun"))
+    with started(tmp_path, [str(script), *train], TORCHRUN=command) as job:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline, job.err
+            time.sleep(0.02)
+        job.process.send_signal(number)
+        assert job.ends(40) == 1, job.err
+        assert "asked to stop: the run is saved at step" in job.err
+    assert checkpoint.steps(run / "checkpoints")
+    assert not list((run / "checkpoints").glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize("backend", ["ps", pytest.param("allreduce", marks=pytest.mark.slow)])
