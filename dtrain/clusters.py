@@ -12,6 +12,22 @@ from dataclasses import dataclass
 
 from dtrain.errors import UsageError
 
+_MPI = {
+    "Open MPI": {
+        "rank": "OMPI_COMM_WORLD_RANK",
+        "world_size": "OMPI_COMM_WORLD_SIZE",
+        "local_rank": "OMPI_COMM_WORLD_LOCAL_RANK",
+        "local_world_size": "OMPI_COMM_WORLD_LOCAL_SIZE",
+    },
+    "MPI": {
+        "rank": "PMI_RANK",
+        "world_size": "PMI_SIZE",
+        "local_rank": "MPI_LOCALRANKID",
+        "local_world_size": "MPI_LOCALNRANKS",
+    },
+}
+"""Launcher -> field of `env.Place` -> its variable."""
+
 _FIRST_PORT, _PORTS = 20000, 10000  # below those that Linux gives to programs that ask for any
 
 
@@ -106,33 +122,13 @@ def told(environ: Mapping[str, str]) -> list[Told]:
         UsageError: a variable that is not a number where one is meant, or two launchers of one kind that contradict
             each other.
     """
-    mpi = [found for find in (_open_mpi, _pmi) if (found := find(environ))]
+    mpi = [found for launcher, names in _MPI.items() if (found := _numbered(launcher, environ, names))]
     if len({found.world_size for found in mpi}) > 1:  # one process is the shell in which the others were started
         mpi = [found for found in mpi if found.world_size != 1]
     if len(mpi) == 2 and (mpi[0].rank, mpi[0].world_size) != (mpi[1].rank, mpi[1].world_size):
         first, second = (f"{found.variable('rank')}, {found.variable('world_size')}" for found in mpi)
         raise UsageError(f"{first} and {second} contradict each other: both number the processes of mpirun; unset one")
     return [*mpi, *(found for find in (_slurm, _kubeflow) if (found := find(environ)))]
-
-
-def _open_mpi(environ: Mapping[str, str]) -> Told | None:
-    names = {
-        "rank": "OMPI_COMM_WORLD_RANK",
-        "world_size": "OMPI_COMM_WORLD_SIZE",
-        "local_rank": "OMPI_COMM_WORLD_LOCAL_RANK",
-        "local_world_size": "OMPI_COMM_WORLD_LOCAL_SIZE",
-    }
-    return _numbered("Open MPI", environ, names)
-
-
-def _pmi(environ: Mapping[str, str]) -> Told | None:
-    names = {
-        "rank": "PMI_RANK",
-        "world_size": "PMI_SIZE",
-        "local_rank": "MPI_LOCALRANKID",
-        "local_world_size": "MPI_LOCALNRANKS",
-    }
-    return _numbered("MPI", environ, names)
 
 
 def _slurm(environ: Mapping[str, str]) -> Told | None:

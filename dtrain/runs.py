@@ -279,7 +279,7 @@ def stop_at_signals() -> None:
 
 def _started_again(comm: Backend) -> bool:
     """Whether a launcher has started this job before. torchrun's agents do not all count alike: any one's word does."""
-    return collectives.sum_numbers(comm, [float(env.resolve().restart > 0)], "metric/again")[0] > 0
+    return collectives.any_says(comm, env.resolve().restart > 0, "metric/again")
 
 
 def _resumes(comm: Backend, spec: RunSpec, folder: Path, *, again: bool) -> bool:
@@ -287,7 +287,7 @@ def _resumes(comm: Backend, spec: RunSpec, folder: Path, *, again: bool) -> bool
     if spec.resume:
         return True
     found = (spec.auto_resume or again) and bool(checkpoint.steps(folder / "checkpoints"))
-    return collectives.sum_numbers(comm, [float(found)], "metric/resume")[0] > 0
+    return collectives.any_says(comm, found, "metric/resume")
 
 
 def _is_over(trainer: Trainer) -> bool:
@@ -297,7 +297,7 @@ def _is_over(trainer: Trainer) -> bool:
 def _has_ended(trainer: Trainer, folder: Path) -> bool:
     """Whether a run that has made all of its steps has also left its files; worker 0 looks for all."""
     ended = trainer.comm.rank == 0 and _ended_at(folder) == trainer.state.step
-    return collectives.sum_numbers(trainer.comm, [float(ended)], "metric/ended")[0] > 0
+    return collectives.any_says(trainer.comm, ended, "metric/ended")
 
 
 def _ended_at(folder: Path) -> int | None:

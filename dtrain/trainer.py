@@ -488,7 +488,7 @@ class Trainer:
         self._settle()
         self._call("on_epoch")
         if not self.config.joint:
-            self._stopping = collectives.sum_numbers(self.comm, [float(self._asked_to_stop)], "metric/stop")[0] > 0
+            self._stopping = collectives.any_says(self.comm, self._asked_to_stop, "metric/stop")
             self._stop_if_asked()
 
     def _call(self, name: str) -> None:

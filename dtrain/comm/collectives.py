@@ -65,6 +65,11 @@ def sum_numbers(comm: Backend, numbers: Sequence[float], key: str = "metric/sum"
     return flat.tolist()
 
 
+def any_says(comm: Backend, said: bool, key: str) -> bool:
+    """Whether any worker says so; the same answer on all."""
+    return sum_numbers(comm, [float(said)], key)[0] > 0
+
+
 def agree(comm: Backend, entries: Sequence[str], what: str) -> None:
     """Make sure that all workers hold the same list of `entries`, before anything of that layout is sent.
 

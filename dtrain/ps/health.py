@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from pathlib import Path
-
-import zmq
 
 from dtrain.errors import CommError, ProtocolError, UsageError
 from dtrain.ps import keys as curve
 from dtrain.ps import sockets, wire
+from dtrain.ps.visit import visiting
 from dtrain.ps.wire import Inquire, Standing
 
 
@@ -32,18 +30,7 @@ def ask(address: str, *, keys: Path | None = None, timeout_s: float = 3.0) -> St
         raise UsageError(f"timeout_s is {timeout_s}: give seconds, more than 0")
     pair = None if keys is None else _pair(keys)
     deadline = time.monotonic() + timeout_s
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    watch: sockets.Watch | None = None
-    try:
-        socket = sockets.make(context, zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, b"\x01" + secrets.token_bytes(15))
-        if pair is not None:
-            curve.secure(socket, pair, "worker")
-        watch = sockets.Watch(socket, address)
-        try:
-            socket.connect(address)
-        except zmq.ZMQError as error:
-            raise UsageError(f"server is {address!r}: {error.strerror}; give tcp://host:port") from error
+    with visiting(address, pair, "server") as (socket, watch):
         try:
             watch.await_handshake(timeout_s)
             socket.send(wire.encode(Inquire()))
@@ -56,10 +43,6 @@ def ask(address: str, *, keys: Path | None = None, timeout_s: float = 3.0) -> St
             f"{address} takes connections, and has not answered within {timeout_s:g} s: the server there is stopped or "
             "stuck, or it is none of dtrain's"
         )
-    finally:
-        if watch is not None:
-            watch.close()
-        context.destroy(linger=0)
 
 
 def _pair(keys: Path) -> curve.Keys:

@@ -10,7 +10,6 @@ import contextlib
 import hmac
 import ipaddress
 import re
-import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from dtrain.ps import sockets, wire
 from dtrain.ps.link import error_of
 from dtrain.ps.listener import Listener
 from dtrain.ps.members import Send, Session, refusal
+from dtrain.ps.visit import visiting
 from dtrain.ps.wire import Failed, Hello, Located, Lookup, Message, Numbered, Register
 
 MOST_SERVERS = 1000
@@ -349,18 +349,7 @@ def _answers(
         raise UsageError(f"scheduler is {scheduler!r}: give the port that it says it listens at")
     who = f"the scheduler at {scheduler}"
     deadline = time.monotonic() + timeout_s
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    watch: sockets.Watch | None = None
-    try:
-        socket = sockets.make(context, zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, b"\x01" + secrets.token_bytes(15))
-        if pair is not None:
-            curve.secure(socket, pair, "worker")
-        watch = sockets.Watch(socket, scheduler, "scheduler")
-        try:
-            socket.connect(scheduler)
-        except zmq.ZMQError as error:
-            raise UsageError(f"scheduler is {scheduler!r}: {error.strerror}; give tcp://host:port") from error
+    with visiting(scheduler, pair, "scheduler") as (socket, watch):
         watch.await_handshake(timeout_s)
         socket.send(wire.encode(message(deadline - time.monotonic())))
         grace_s = sockets.GRACE_S if scheduler.startswith("tcp://") else 0.0
@@ -378,10 +367,6 @@ def _answers(
             if away_s is not None and now - away_s >= grace_s and not socket.poll(0):
                 raise ConnectError(f"{who} is gone, before it has told of all servers: start the job again")
         raise ConnectError(f"{who} said nothing for {timeout_s + _MARGIN_S:g} s: is it the job's scheduler?")
-    finally:
-        if watch is not None:
-            watch.close()
-        context.destroy(linger=0)
 
 
 def _read(frames: list[bytes], who: str, scheduler: str) -> Message:
