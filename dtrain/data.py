@@ -49,8 +49,8 @@ class Share(TypedDict):
 class Step:
     """One optimizer step, as one worker sees it."""
 
-    number: int
-    """Position in the epoch, from 0."""
+    first: int
+    """Position in the epoch of its first sample, from 0."""
     total: int
     """Samples of all workers and micro-batches together."""
     micro_batches: Iterator[Micro] | list[Micro]
@@ -159,19 +159,14 @@ class Loader:
         if isinstance(dataset, IterableDataset) and num_workers > 1:
             raise UsageError(f"num_workers is {num_workers}: a stream is read by one process, give 0 or 1")
         self.dataset = dataset
-        self.global_batch = global_batch
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self._accumulate = accumulation(global_batch, micro_batch, world_size)
-        self.micro_batch = math.ceil(global_batch / (self._accumulate * world_size))
-        """Most samples of one forward of a worker."""
-        shares = share(global_batch, accumulate=self._accumulate, rank=rank, world_size=world_size)
-        self.share = sum(map(len, shares))
-        """Samples of a full global batch that are this worker's."""
-        self.even = global_batch % (self._accumulate * world_size) == 0
-        """Whether all of them have that many, but for an epoch's last batch."""
+        self.first_batch = global_batch
+        """The global batch that it was made with."""
+        self._most = micro_batch
         self._place = {"rank": rank, "world_size": world_size}
+        self._resize(global_batch)
         self._shuffle = shuffle
         self._num_workers = num_workers
         self._collate = collate
@@ -181,13 +176,40 @@ class Loader:
             if self.num_samples == 0:
                 raise DataError("the data set has no samples")
 
+    def resize(self, global_batch: int) -> None:
+        """Give the steps to come another global batch, in mid-epoch too; all workers do, between the same two steps.
+
+        Micro-batches are no larger than they were allowed to be: what does not fit is accumulated.
+
+        Raises:
+            UsageError: a batch of no samples, or a stream that another process reads ahead.
+        """
+        if isinstance(self.dataset, IterableDataset) and self._num_workers and global_batch != self.global_batch:
+            raise UsageError("the global batch of a stream cannot change while a process reads ahead: num_workers=0")
+        self._resize(global_batch)
+
+    def _resize(self, global_batch: int) -> None:
+        self._accumulate = accumulation(global_batch, self._most, self.world_size)
+        self.global_batch = global_batch
+        """Samples of a step to come, over all workers."""
+        self.micro_batch = math.ceil(global_batch / (self._accumulate * self.world_size))
+        """Most samples of one forward of a worker."""
+        self.share = sum(map(len, share(global_batch, accumulate=self._accumulate, **self._place)))
+        """Samples of a full global batch that are this worker's."""
+        self.even = global_batch % (self._accumulate * self.world_size) == 0
+        """Whether all of them have that many, but for an epoch's last batch."""
+
     @property
     def steps_per_epoch(self) -> int | None:
-        """None for a stream of unknown length."""
-        return None if self.num_samples is None else math.ceil(self.num_samples / self.global_batch)
+        """Of the present global batch; None for a stream of unknown length."""
+        return self.steps_from(0)
+
+    def steps_from(self, first: int) -> int | None:
+        """Steps of the present global batch from a sample of the epoch to its end; None for a stream."""
+        return None if self.num_samples is None else math.ceil((self.num_samples - first) / self.global_batch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Step]:
-        """The steps of an epoch, from step number `start` on."""
+        """The steps of an epoch, from sample number `start` on."""
         if isinstance(self.dataset, IterableDataset):
             return self._stream(epoch, start)
         return self._map(epoch, start)
@@ -210,15 +232,26 @@ class Loader:
         assert self.num_samples is not None  # noqa: S101
         count = self.num_samples
         order = shuffled(count, self.seed, epoch) if self._shuffle else torch.arange(count)
-        batches = list(order.split(self.global_batch))[start:]
+        while start < count:
+            size = self.global_batch
+            for step in self._steps(epoch, order, start):
+                yield step
+                start = step.first + step.total
+                if size != self.global_batch:
+                    break
+
+    def _steps(self, epoch: int, order: Tensor, start: int) -> Iterator[Step]:
+        """The steps from sample `start` on, of the present global batch."""
+        batches = order[start:].split(self.global_batch)
         shares = [share(len(b), accumulate=self._accumulate, **self._place) for b in batches]
         indices = [b[r.start : r.stop] for b, ranges in zip(batches, shares, strict=True) for r in ranges]
         # A worker without a share still takes part in the forward: it fetches a sample to learn the shapes.
         spare = [b[:1] for b, ranges in zip(batches, shares, strict=True) for _ in ranges]
         fetched = self._fetch(epoch, [i if len(i) else s for i, s in zip(indices, spare, strict=True)])
         micros = (Micro(b if len(i) else empty(b), len(i)) for b, i in zip(fetched, indices, strict=True))
-        for number, (batch, ranges) in enumerate(zip(batches, shares, strict=True), start):
-            yield Step(number, len(batch), islice(micros, len(ranges)))
+        for batch, ranges in zip(batches, shares, strict=True):
+            yield Step(start, len(batch), islice(micros, len(ranges)))
+            start += len(batch)
 
     def _fetch(self, epoch: int, indices: list[Tensor]) -> Iterable[Any]:
         if isinstance(self.dataset, BatchedData) and self._num_workers == 0:
@@ -237,43 +270,40 @@ class Loader:
         return _generator((self.seed * 31 + epoch) * 1009 + self.rank)
 
     def _stream(self, epoch: int, start: int) -> Iterator[Step]:
-        stream = _Shares(self.dataset, self.global_batch, self._accumulate, self._place, self._collate)  # type: ignore[arg-type]
         generator = self._own_generator(epoch)
         loader = DataLoader(
-            stream, batch_size=None, num_workers=self._num_workers, generator=generator, worker_init_fn=leave_signals
+            _Shares(self, start),
+            batch_size=None,
+            num_workers=self._num_workers,
+            generator=generator,
+            worker_init_fn=leave_signals,
         )
-        for number, (total, micros) in enumerate(loader):
-            if number >= start:
-                yield Step(number, total, [Micro(batch, samples) for batch, samples in micros])
+        for first, total, micros in loader:
+            yield Step(first, total, [Micro(batch, samples) for batch, samples in micros])
 
-
-class _Shares(IterableDataset[Any]):
-    """(samples in the global batch, this worker's micro-batches) from a stream of samples."""
-
-    def __init__(
-        self,
-        source: Iterable[Any],
-        global_batch: int,
-        accumulate: int,
-        place: dict[str, int],
-        collate: Collate,
-    ) -> None:
-        self._source = source
-        self._global_batch = global_batch
-        self._accumulate = accumulate
-        self._place = place
-        self._collate = collate
-
-    def __iter__(self) -> Iterator[tuple[int, list[tuple[Any, int]]]]:
-        source = iter(self._source)
-        while samples := list(islice(source, self._global_batch)):
+    def read(self, start: int) -> Iterator[tuple[int, int, list[tuple[Any, int]]]]:
+        """Of a stream, from sample `start` on: (first sample, samples in the global batch, this worker's part)."""
+        source = islice(iter(self.dataset), start, None)
+        while samples := list(islice(source, self.global_batch)):
             ranges = share(len(samples), accumulate=self._accumulate, **self._place)
-            yield len(samples), [self._micro(samples, r) for r in ranges]
+            yield start, len(samples), [self._micro(samples, r) for r in ranges]
+            start += len(samples)
 
     def _micro(self, samples: Sequence[Any], mine: range) -> tuple[Any, int]:
         if len(mine) == 0:
             return empty(self._collate([samples[0]])), 0
         return self._collate(list(samples[mine.start : mine.stop])), len(mine)
+
+
+class _Shares(IterableDataset[Any]):
+    """A worker's part of a stream, for torch's DataLoader."""
+
+    def __init__(self, loader: Loader, start: int) -> None:
+        self._loader = loader
+        self._start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int, list[tuple[Any, int]]]]:
+        return self._loader.read(self._start)
 
 
 def empty(batch: Any) -> Any:

@@ -34,6 +34,7 @@ from dtrain.evaluate import Score, evaluate
 from dtrain.measure.ledger import Late
 from dtrain.measure.trace import Event
 from dtrain.prometheus import Metrics
+from dtrain.replica import Observer
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,15 @@ class State:
     model: nn.Module
     comm: Backend
     steps: int | None
-    """Optimizer steps in all, where it is known."""
+    """Optimizer steps in all, where it is known; changes with the global batch."""
     snapshot: Callable[[], dict[str, object] | None]
     """What a checkpoint holds, on worker 0; None elsewhere. All workers must call it."""
+    observe: Callable[[Observer], None]
+    """`Replica.observe`: shows an observer each worker's gradients before they are summed."""
+    resize: Callable[[int], None]
+    """Gives the steps to come another global batch. All workers call it, after the same step."""
+    global_batch: int = 0
+    """Samples of a step to come, over all workers; an epoch's last may have fewer."""
     step: int = 0
     """Optimizer steps made."""
     epoch: int = 0
@@ -93,6 +100,13 @@ class Hook:
 
     def on_rewind(self, state: State) -> None: ...
 
+    def saved(self) -> dict[str, Any] | None:
+        """What a checkpoint is to keep of this hook, of which a run has one of its class: as worker 0 has it."""
+        return None
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take back what `saved` gave, on every worker, before `on_start` or `on_rewind`."""
+
 
 class Progress(Hook):
     """A progress bar on worker 0, with the loss and the latest metrics; a terminal's only, unless `always`."""
@@ -123,6 +137,7 @@ class Progress(Hook):
                 **{k: f"{v:.4f}" for k, v in state.metrics.items() if k != "loss"},
             }
             self._bar.set_postfix(shown, refresh=False)
+        self._bar.total = state.steps
         self._bar.update(state.step - self._bar.n)
 
     def on_rewind(self, state: State) -> None:

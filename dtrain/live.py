@@ -93,7 +93,7 @@ class Live(Hook):
         if state.record is not None:
             see(self._seen, state, now_s - self._record_s, state.samples - self._samples)
             self._record_s, self._samples = now_s, state.samples
-        self._seen.step = state.step
+        self._seen.steps, self._seen.step = state.steps, state.step
         self._seen.step_s = (now_s - self._start_s) / max(1, state.step - self._first_step)
         if now_s - self._drawn_s >= _REDRAW_S:
             self._draw()

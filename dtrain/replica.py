@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,21 @@ from dtrain.weights import StepWeights
 _SHARE_TOLERANCE = 0.05  # the sum may be in half precision
 
 _replicas: weakref.WeakSet[Replica] = weakref.WeakSet()
+
+
+class Observer(Protocol):
+    """Looks at each worker's gradients before they are summed: see `Replica.observe`."""
+
+    def begin(self, factor: float, samples: float | None) -> None:
+        """A backward of this worker begins.
+
+        Args:
+            factor: what reaches a parameter is the gradient of the mean loss over `samples`, times this.
+            samples: None: all workers weigh the same. 0: the loss means nothing.
+        """
+
+    def end(self) -> None:
+        """The last backward of a step is over: `.grad` holds the mean gradient of the global batch."""
 
 
 def replicate(
@@ -98,7 +113,7 @@ class Replica:
             self._exchange = self.pushes = Pushes(comm, self._named, sizes=sizes, update=update)
         else:
             self._exchange = Exchange(comm, self._named, sizes=sizes, primary=primary)
-        self._carries_over = primary is not None and comm.rank == 0
+        self._primary = primary
         self._weights = StepWeights(comm, [p for _, p in self._named])
         self._hooks: list[Any] = [model.register_forward_pre_hook(_BeforeForward(self))]
         self._hooked: set[int] = set()
@@ -109,6 +124,7 @@ class Replica:
         self._scale = 1.0 / comm.world_size
         self._explicit = False
         self._closed = False
+        self._observers: list[Observer] = []
         self._shares_checked = False
         self._alive: weakref.ref[Any] | None = None  # dies with the backward that runs, however it ends
         _watch_optimizers()
@@ -159,6 +175,8 @@ class Replica:
         factor, scale = self._weights.of(samples, total, sync=sync)
         was, self._sync = self._sync, sync
         self._explicit, self._scale, self._alive = True, scale, None
+        for observer in self._observers:
+            observer.begin(factor, samples)
         try:
             if loss is not None:
                 # A mean over no samples is NaN, and its gradient must be nothing.
@@ -168,6 +186,8 @@ class Replica:
                 if not self._exchange.running:
                     self._begin()
                 self._finish()
+                for observer in self._observers:
+                    observer.end()
             else:
                 self._unreduced = True
         except BaseException:
@@ -193,6 +213,16 @@ class Replica:
     def message_buffers(self) -> list[Tensor]:
         """The buckets in which gradients travel, as flat tensors: memory that stays from step to step."""
         return self._exchange.message_buffers()
+
+    def observe(self, observer: Observer) -> None:
+        """From now on let an observer see each `backward` of this replica begin, and each step's last one end.
+
+        Raises:
+            UsageError: with `update="first"` or a `ServerUpdate`, where workers do not get the mean gradient.
+        """
+        if isinstance(self._exchange, Pushes) or self._primary is not None:
+            raise UsageError("observe() needs the mean gradient on every worker: give update='worker'")
+        self._observers.append(observer)
 
     def nonfinite(self) -> list[str]:
         """Where gradients were NaN or infinite in the last backward, in words, by worker; the same on all workers.
@@ -346,7 +376,7 @@ class Replica:
         for index in set(self._exchange.lay_out()) - self._hooked:
             parameter: Parameter = self._named[index][1]
             self._hooks.append(parameter.register_post_accumulate_grad_hook(_weakly(self._ready, index)))
-            if self._carries_over:
+            if self._primary is not None and self.comm.rank == 0:
                 self._hooks.append(parameter.register_hook(_weakly(self._before_ready, index)))
             self._hooked.add(index)
 

@@ -216,7 +216,7 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     resumed_step = 0
     if folder is not None and not comes_back and _resumes(comm, spec, folder, again=again):
         resumed_step = _resume(trainer, spec, recipe, folder)
-        if _is_over(trainer) and _has_ended(trainer, folder):
+        if trainer.over and _has_ended(trainer, folder):
             if spec.resume:
                 raise _nothing_to_train(resumed_step)
             return _ended_before(comm, spec, folder)
@@ -288,10 +288,6 @@ def _resumes(comm: Backend, spec: RunSpec, folder: Path, *, again: bool) -> bool
         return True
     found = (spec.auto_resume or again) and bool(checkpoint.steps(folder / "checkpoints"))
     return collectives.any_says(comm, found, "metric/resume")
-
-
-def _is_over(trainer: Trainer) -> bool:
-    return trainer.state.steps is not None and trainer.state.step >= trainer.state.steps
 
 
 def _has_ended(trainer: Trainer, folder: Path) -> bool:

@@ -110,15 +110,21 @@ class Trainer:
         self._ledger = Ledger(self.comm.rank, self.comm.world_size)
         self._chosen = Chosen()
         self._started_s = time.perf_counter()
-        self._step_in_epoch = 0
+        self._at_sample = 0  # of the epoch
         self._asked_to_stop = self._stopping = False
         self._tell_every = sys.maxsize  # steps, at most, from one time that workers tell each other to the next
         self._begun = False  # whether this process has made a step
         self._ahead = 0  # steps made before this worker's count of the servers' begins
         self._lost = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss times samples, samples
         self.state = State(
-            model=self.model, comm=self.comm, steps=self._total_steps(), snapshot=self._snapshot, share=data.share
+            model=self.model,
+            comm=self.comm,
+            steps=config.steps,
+            snapshot=self._snapshot,
+            observe=self.replica.observe,
+            resize=self._resize,
         )
+        self._count_steps()
         generators.seed_all(config.seed * 1_000_003 + self.comm.rank)
 
     def fit(self) -> State:
@@ -138,7 +144,7 @@ class Trainer:
                     self._call("on_rewind")
                 if gone_back:
                     collectives.barrier(self.comm)
-                while not self._over():
+                while not self.over:
                     self._run_epoch()
                 self._settle()
                 self.state.record, self.state.fresh = None, []
@@ -154,11 +160,11 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         """Train from where the run stands to the end of the epoch, or of the run."""
-        for step in self._timed(self.data.epoch(self.state.epoch, self._step_in_epoch)):
+        for step in self._timed(self.data.epoch(self.state.epoch, self._at_sample)):
             skipped = self._train(step)
-            if self._step_in_epoch == self.data.steps_per_epoch:
+            if self._at_sample == self.data.num_samples:
                 break
-            if self._over() or skipped:
+            if self.over or skipped:
                 return
         self._end_epoch()
 
@@ -269,7 +275,12 @@ class Trainer:
         if groups["scaler"]:
             self._scaler.load_state_dict(groups["scaler"])
         self.state.step, self.state.epoch, self.state.samples = (position[k] for k in ("step", "epoch", "samples"))
-        self._step_in_epoch = position["step_in_epoch"]
+        self._at_sample = position["at_sample"]
+        self.data.resize(position["global_batch"])
+        self._count_steps()
+        for hook in self._hooks:
+            if (kept := groups["hooks"].get(type(hook).__name__)) is not None:
+                hook.restore(kept)
         self._ahead = self.state.step - (self.replica.pushes.steps if self.replica.pushes else 0)
         if position["world_size"] == self.comm.world_size:
             restore_own(groups[f"worker-{self.comm.rank}"], self.model)
@@ -295,9 +306,10 @@ class Trainer:
             self._update()
         self._begun = True
         made = self._made()
-        self._step_in_epoch = step.number + made
+        samples = step.total if made == 1 else self._samples_of(step, made)
+        self._at_sample = step.first + samples
         self.state.step += made
-        self.state.samples += step.total if made == 1 else self._samples_of(step, made)
+        self.state.samples += samples
         self._record()
         self._call("on_step")
         self._stop_if_asked()
@@ -309,13 +321,13 @@ class Trainer:
         if pushes is None or self.config.joint or not self.config.backup_workers:
             return 1
         made = pushes.steps + self._ahead - self.state.step
-        last = self.data.steps_per_epoch
-        return max(1, made if last is None else min(made, last - self._step_in_epoch))
+        left = self.data.steps_from(self._at_sample)
+        return max(1, made if left is None else min(made, left))
 
     def _samples_of(self, step: Step, made: int) -> int:
         """Samples of a step and those after it, whose last may be short; of a stream, as if it were not."""
-        first, last = (n * self.data.global_batch for n in (step.number, step.number + made))
-        return last - first if self.data.num_samples is None else min(last, self.data.num_samples) - first
+        samples = made * self.data.global_batch
+        return samples if self.data.num_samples is None else min(samples, self.data.num_samples - step.first)
 
     def _forward(self, micro: Micro) -> Tensor:
         with self._watch.phase("forward"):
@@ -396,7 +408,7 @@ class Trainer:
                 step = next(iterator, None)
                 if step is None:
                     return
-                step = Step(step.number, step.total, list(step.micro_batches))
+                step = Step(step.first, step.total, list(step.micro_batches))
             yield step
 
     def _record(self) -> None:
@@ -469,22 +481,46 @@ class Trainer:
 
     # -- the course of a run ------------------------------------------------------------------------------------------
 
-    def _over(self) -> bool:
+    @property
+    def over(self) -> bool:
+        """Whether the run has made all of its steps."""
         if self.config.steps is not None:
             return self.state.step >= self.config.steps
         return self.state.epoch >= (self.config.epochs or 0)
 
-    def _total_steps(self) -> int | None:
-        if self.config.steps is not None:
-            return self.config.steps
-        per_epoch = self.data.steps_per_epoch
-        return None if per_epoch is None else per_epoch * (self.config.epochs or 0)
+    def _resize(self, global_batch: int) -> None:
+        """See `State.resize`."""
+        if global_batch == self.data.global_batch:
+            return
+        if not self.config.joint:
+            raise UsageError(
+                "the global batch cannot change where workers do not wait for each other: give staleness=0 and no "
+                "backup workers"
+            )
+        before = self.data.global_batch, norm_sharing(self.config, self.data)
+        self.data.resize(global_batch)
+        if norm_sharing(self.config, self.data) != before[1]:
+            self.data.resize(before[0])
+            raise UsageError(
+                f"norm_batch is {self.config.norm_batch}, and with a global batch of {global_batch} instead of "
+                f"{before[0]} other workers would share statistics: give a micro_batch, which keeps a forward's size, "
+                "or norm_batch='worker' or 'global'"
+            )
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        """What follows from the present global batch."""
+        self.state.global_batch, self.state.share = self.data.global_batch, self.data.share
+        rest, whole = self.data.steps_from(self._at_sample), self.data.steps_per_epoch
+        if self.config.epochs is not None and rest is not None and whole is not None:
+            later = max(0, self.config.epochs - self.state.epoch - 1)
+            self.state.steps = self.state.step + (rest + later * whole if self.state.epoch < self.config.epochs else 0)
 
     def _end_epoch(self) -> None:
-        if self._step_in_epoch == 0:
+        if self._at_sample == 0:
             raise DataError("an epoch without a sample: the data set yields nothing")
         self.state.epoch += 1
-        self._step_in_epoch = 0
+        self._at_sample = 0
         self._settle()
         self._call("on_epoch")
         if not self.config.joint:
@@ -511,11 +547,13 @@ class Trainer:
             "optimizer": optimizer,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "hooks": {type(hook).__name__: kept for hook in self._hooks if (kept := hook.saved()) is not None},
             "position": {
                 "step": self.state.step,
                 "epoch": self.state.epoch,
                 "samples": self.state.samples,
-                "step_in_epoch": self._step_in_epoch,
+                "at_sample": self._at_sample,
+                "global_batch": self.data.global_batch,
                 "world_size": len(own),  # less, where the job goes on without some: such a run is resumed by fewer
                 "order": self._order(),
             },
@@ -525,7 +563,7 @@ class Trainer:
     def _order(self) -> dict[str, int | None]:
         """What decides which samples a step has."""
         data = self.data
-        return {"global_batch": data.global_batch, "seed": data.seed, "num_samples": data.num_samples}
+        return {"global_batch": data.first_batch, "seed": data.seed, "num_samples": data.num_samples}
 
     def _check_order(self, saved: dict[str, int | None], path: Path) -> None:
         for name, here in self._order().items():

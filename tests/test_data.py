@@ -53,11 +53,11 @@ class Stream(IterableDataset[Any]):
 
 
 def steps(dataset: Any, *, world_size: int = 1, epoch: int = 0, start: int = 0, **more: Any) -> list[Any]:
-    """Of each step of an epoch: number, total, and of each worker its micro-batches as lists of sample numbers."""
+    """Of each step of an epoch: first sample, total, and of each worker its micro-batches, lists of sample numbers."""
     workers = []
     for rank in range(world_size):
         loader = Loader(dataset, rank=rank, world_size=world_size, **more)
-        workers.append([(s.number, s.total, [ids(m) for m in s.micro_batches]) for s in loader.epoch(epoch, start)])
+        workers.append([(s.first, s.total, [ids(m) for m in s.micro_batches]) for s in loader.epoch(epoch, start)])
     numbers = [[(n, total) for n, total, _ in w] for w in workers]
     assert all(n == numbers[0] for n in numbers)
     return [(n, total, [w[k][2] for w in workers]) for k, (n, total) in enumerate(numbers[0])]
@@ -152,7 +152,7 @@ def test_an_epoch_has_every_sample_once(
     assert sorted(flat(found)) == list(range(count))
     totals = [total for _, total, _ in found]
     assert totals == [global_batch] * (count // global_batch) + [count % global_batch] * (count % global_batch > 0)
-    assert [number for number, _, _ in found] == list(range(len(totals)))
+    assert [first for first, _, _ in found] == [global_batch * k for k in range(len(totals))]
     assert totals == [sum(len(m) for w in workers for m in w) for _, _, workers in found]
 
 
@@ -176,7 +176,38 @@ def test_more_workers_than_samples(dataset: type[Any]) -> None:
 def test_to_start_at_a_step_is_to_skip_those_before(dataset: type[Any], start: int) -> None:
     """From each start on, up to the end, where nothing is left."""
     like = {"world_size": 2, "global_batch": 5, "micro_batch": 2, "seed": 1, "epoch": 3}
-    assert steps(dataset(23), start=start, **like) == steps(dataset(23), **like)[start:]
+    assert steps(dataset(23), start=5 * start, **like) == steps(dataset(23), **like)[start:]
+
+
+@pytest.mark.parametrize(("dataset", "num_workers"), [(Whole, 0), (Numbers, 0), (Numbers, 2), (Stream, 0)])
+def test_a_batch_that_grows_in_mid_epoch(dataset: type[Any], num_workers: int) -> None:
+    """Before and after it, the steps are those of loaders of the one and of the other size."""
+    loaders = [
+        Loader(dataset(50), global_batch=4, micro_batch=3, rank=r, world_size=2, seed=1, num_workers=num_workers)
+        for r in range(2)
+    ]
+    found: list[list[tuple[int, list[list[int]]]]] = [[], []]
+    for loader, seen in zip(loaders, found, strict=True):
+        for step in loader.epoch(3):
+            seen.append((step.first, [ids(m) for m in step.micro_batches]))
+            if step.first == 8:
+                loader.resize(9)
+                assert loader.micro_batch <= 3
+                assert loader.first_batch == 4
+    like = {"world_size": 2, "micro_batch": 3, "seed": 1, "epoch": 3}
+    expected = steps(dataset(50), global_batch=4, **like)[:3] + steps(dataset(50), global_batch=9, start=12, **like)
+    assert [(first, [seen[k][1] for seen in found]) for k, (first, _) in enumerate(found[0])] == [
+        (first, workers) for first, _, workers in expected
+    ]
+    assert sorted(i for seen in found for _, micros in seen for m in micros for i in m) == list(range(50))
+
+
+def test_a_stream_that_is_read_ahead_keeps_its_batch() -> None:
+    """What another process has begun cannot be cut anew."""
+    loader = Loader(Stream(9), global_batch=2, num_workers=1)
+    loader.resize(2)
+    with pytest.raises(UsageError, match="num_workers=0"):
+        loader.resize(3)
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:

@@ -41,7 +41,9 @@ class Terminal(io.StringIO):
 
 
 def state(**fields) -> State:
-    return State(model=torch.nn.Linear(1, 1), comm=Solo(), snapshot=dict, **{"steps": 100, **fields})
+    return State(
+        model=torch.nn.Linear(1, 1), comm=Solo(), snapshot=dict, observe=print, resize=print, **{"steps": 100, **fields}
+    )
 
 
 def shown(seen: Seen, width: int = 72) -> list[str]:
