@@ -16,6 +16,8 @@ import dtrain
 from dtrain.comm.base import Backend
 from dtrain.data import BatchedData, Loader
 from dtrain.hooks import Checkpoint, Hook, State
+from dtrain.largebatch import decay, grow
+from dtrain.steering import Steer
 from dtrain.trainer import Trainer
 
 FEATURES = 5
@@ -89,6 +91,8 @@ class Job:
     optimizer: str = "sgd"
     halve_every: int | None = None
     """Steps after which the learning rate is halved."""
+    grow: int | None = None
+    """Largest global batch, where it grows instead of a rate that is halved at 0.4, 1.1 and 1.5 epochs."""
     stream: bool = False
     seed: int = 0
     update: str = "worker"
@@ -123,6 +127,9 @@ def trainer_of(comm: Backend, job: Job, hooks: tuple[Hook, ...] = (), data: Any 
         seed=job.seed,
     )
     config = dtrain.TrainConfig(**({"steps": 6, "seed": job.seed, "update": job.update} | job.config))
+    if job.grow is not None:
+        course = grow(decay([0.4, 1.1, 1.5], 0.5), batch=job.global_batch, max_batch=job.grow)
+        hooks = (Steer(optimizer, course, samples=job.count), *hooks)
     if job.root is not None:
         hooks = (*hooks, Checkpoint(Path(job.root), every_steps=job.every_steps, keep=100))
     scheduler = None
@@ -157,6 +164,7 @@ def result_of(trainer: Any, state: State) -> dict[str, Any]:
         "lr": trainer.optimizer.param_groups[0]["lr"],
         "random": torch.rand(8),
         "position": (state.step, state.epoch, state.samples),
+        "global_batch": state.global_batch,
         "loss": state.loss,
         "pushes": trainer.replica.pushes and (dict(trainer.replica.pushes.staleness), trainer.replica.pushes.dropped),
         "scale": trainer._scaler.state_dict(),

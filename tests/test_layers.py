@@ -20,7 +20,7 @@ FLOORS = [
     {"compare", "doctor", "probe", "room"},  # what the commands do
     {"__init__"},  # the front door: what `import dtrain` offers
     {"runs", "links"},
-    {"trainer", "timeline", "live"},
+    {"trainer", "timeline", "live", "steering"},
     {"hooks"},
     {"evaluate", "snapshot"},
     {"replica", "jobs", "launcher"},
@@ -29,7 +29,7 @@ FLOORS = [
     {"serving"},
     {"recipes", "measure", "largebatch", "norm", "ps"},
     {"comm"},
-    {"checkpoint", "buckets", "data", "processes", "interfaces"},
+    {"checkpoint", "buckets", "data", "optim", "processes", "interfaces"},
     {"trees", "generators"},
     {"config", "tables", "prometheus"},
     {"env"},
