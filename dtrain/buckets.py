@@ -42,13 +42,16 @@ def describe(named: Sequence[tuple[str, Tensor]]) -> list[str]:
     ]
 
 
-def plan(named: Named, *, bucket_bytes: int, first_bytes: int, direct_bytes: int = 0) -> list[Plan]:
+def plan(
+    named: Named, *, bucket_bytes: int, first_bytes: int, direct_bytes: int = 0, dtype: torch.dtype | None = None
+) -> list[Plan]:
     """Cut the trainable parameters, last to first, into messages of one type and device; the last is a bucket.
 
     Args:
         bucket_bytes: a bucket is closed when it has reached this size; a tensor as large has one to itself.
         first_bytes: the same for the first bucket, which should leave early.
         direct_bytes: a gradient of this size or more travels by itself; 0: none does.
+        dtype: send gradients as this, and none by itself; None: as they are.
 
     Raises:
         UsageError: a parameter whose gradient cannot be summed (a complex one).
@@ -62,9 +65,9 @@ def plan(named: Named, *, bucket_bytes: int, first_bytes: int, direct_bytes: int
             continue
         if parameter.is_complex():
             raise UsageError(f"{name} is complex: gradients of complex parameters are not supported; use two real ones")
-        kind = (parameter.dtype, parameter.device)
-        nbytes = parameter.numel() * parameter.element_size()
-        if nbytes >= direct_bytes > 0:
+        kind = (dtype or parameter.dtype, parameter.device)
+        nbytes = parameter.numel() * kind[0].itemsize
+        if dtype is None and nbytes >= direct_bytes > 0:
             plans.append(Plan((index,), *kind, direct=True))
             continue
         if nbytes >= bucket_bytes and kind in open_:
@@ -194,6 +197,26 @@ class Bucket(Message):
 
     def _blank(self, slot: int) -> None:
         self._views[slot].zero_()
+
+
+class Packed(Bucket):
+    """A bucket of another type than its gradients: they are rounded as they come in, and the sum is copied back."""
+
+    def grant(self, slot: int) -> None:
+        parameter = self.parameters[slot]
+        parameter.grad = torch.empty_like(self._views[slot], dtype=parameter.dtype).copy_(self._views[slot])
+
+    @torch.no_grad()
+    def release(self) -> None:
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(view)
+
+    def abandon(self) -> None:
+        """No gradient lies in the buffer."""
+
+    def _take(self, slot: int, gradient: Tensor, scale: float) -> None:
+        torch.mul(gradient, scale, out=self._views[slot])
 
 
 class Direct(Message):

@@ -21,6 +21,8 @@ class TrainConfig:
     """Largest norm of the global gradient; clipped after it has been summed over workers."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision: the type that autocast computes in. fp16 scales the loss."""
+    send_as: Literal["same", "bf16", "fp16"] = "same"
+    """Type that gradients travel as; weights stay in their own. Their sum is made in float32. fp16 scales the loss."""
     norm_batch: int | str | None = None
     """Samples that share batch-norm statistics: a number of them; `worker`: each worker's micro-batch; `global`: all
     workers'. See `dtrain.norm.convert`. None: as the model has it."""
@@ -65,6 +67,8 @@ class TrainConfig:
         for name, default in servers_only.items():
             if self.update != "server" and getattr(self, name) != default:
                 raise UsageError(f"{name} is {getattr(self, name)} with update={self.update}: it needs update=server")
+        if self.update == "server" and self.send_as != "same":
+            raise UsageError(f"send_as is {self.send_as} with update=server: servers take gradients as they are")
         if self.update == "server" and self.amp == "fp16":
             raise UsageError("amp is fp16 with update=server: servers do not scale losses; use bf16")
         if self.norm_batch == "global" and not self.joint:
@@ -78,6 +82,7 @@ class TrainConfig:
             raise UsageError(f"nonfinite is {self.nonfinite!r} with update=server: it is for update=worker and first")
         choices_of = {
             "amp": ("off", "bf16", "fp16"),
+            "send_as": ("same", "bf16", "fp16"),
             "update": ("worker", "first", "server"),
             "nonfinite": ("allow", "skip", "abort"),
         }

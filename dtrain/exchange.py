@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dtrain.buckets import Bucket, Direct, Message, Named, Plan, plan
+from dtrain.buckets import Bucket, Direct, Message, Named, Packed, Plan, plan
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, PrimaryHost, Traffic, Work
 from dtrain.errors import UsageError
@@ -29,11 +29,18 @@ class Exchange:
     """
 
     def __init__(
-        self, comm: Backend, named: Named, *, sizes: Mapping[str, int], primary: PrimaryHost | None = None
+        self,
+        comm: Backend,
+        named: Named,
+        *,
+        sizes: Mapping[str, int],
+        send_as: torch.dtype | None = None,
+        primary: PrimaryHost | None = None,
     ) -> None:
         """
         Args:
             sizes: keyword arguments of `buckets.plan`.
+            send_as: type that gradients travel as; None: their own.
             primary: gather the sums on worker 0 alone; the others are left without gradients.
         """
         self._comm = comm
@@ -41,6 +48,7 @@ class Exchange:
         number = _numbers[comm.traffic] = _numbers.get(comm.traffic, -1) + 1
         self._key = f"gradient/{number}." if number else "gradient/"
         self._sizes = {**sizes, "direct_bytes": 0} if comm.packs else sizes
+        self._send_as = send_as
         self._primary = primary
         self._messages: list[Message] = []
         self._where: dict[int, tuple[Message, int]] = {}
@@ -56,7 +64,7 @@ class Exchange:
 
     def lay_out(self) -> list[int]:
         """Plan the messages anew; positions of the parameters that take part."""
-        plans = plan(self._named, **self._sizes)
+        plans = plan(self._named, **self._sizes, dtype=self._send_as)
         self._messages, self._where = [], {}
         for number, one in enumerate(plans):
             message = self._message(one, number, flags=number == len(plans) - 1)
@@ -192,7 +200,8 @@ class Exchange:
             return Direct(one, self._named)
         trainable = sum(p.requires_grad for _, p in self._named)
         empty = functools.partial(self._empty, f"{self._key}{number}")
-        bucket = Bucket(one, self._named, empty, flags=trainable + 1 if flags else 0)
+        kind = Packed if any(self._named[i][1].dtype != one.dtype for i in one.members) else Bucket
+        bucket = kind(one, self._named, empty, flags=trainable + 1 if flags else 0)
         self._flags = bucket.flags
         return bucket
 

@@ -60,7 +60,7 @@ class Pushes:
     def lay_out(self) -> list[int]:
         """Plan the buckets anew, and hand the parameters over; positions of those that take part."""
         state = self._take_back()
-        plans = [p for p in plan(self._named, **self._sizes) if p.members]
+        plans = [p for p in plan(self._named, dtype=None, **self._sizes) if p.members]
         self._buckets, self._where = [], {}
         hosted = []
         for number, one in enumerate(plans):

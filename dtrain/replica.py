@@ -22,6 +22,7 @@ from dtrain.buckets import describe
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, PrimaryHost
 from dtrain.comm.hosts import ServerUpdate, StepReport
+from dtrain.comm.ordered import HALVES
 from dtrain.errors import LayoutError, UsageError
 from dtrain.exchange import Exchange
 from dtrain.pushes import Pushes
@@ -54,6 +55,7 @@ def replicate(
     bucket_mb: float = 8.0,
     first_bucket_mb: float = 1.0,
     direct_mb: float = 4.0,
+    send_as: torch.dtype | None = None,
     update: str | ServerUpdate = "worker",
 ) -> Replica:
     """Tie a model to a backend: parameters and buffers become worker 0's, gradients become global means.
@@ -64,6 +66,9 @@ def replicate(
         bucket_mb: size at which a bucket travels, in MiB.
         first_bucket_mb: the same for the first one.
         direct_mb: a gradient of this size, in MiB, is sent from where autograd has put it, without a copy; 0: never.
+        send_as: `torch.bfloat16` or `torch.float16`: gradients are rounded to it, added over workers in float32, and
+            the sum is rounded once more: half the bytes, and no longer exact. float16 wants a scaled loss. None: their
+            own type.
         update: who steps the optimizer. `worker`: every worker has the mean gradient and steps its own. `first`:
             gradients are gathered on worker 0, which alone steps; the others get its parameters (DataParallel's way).
             A `ServerUpdate`: the servers, which keep parameters and the optimizer's state; the parameters come back,
@@ -75,20 +80,30 @@ def replicate(
 
     Raises:
         LayoutError: on every worker, if the models differ; names the first tensor that does.
-        UsageError: complex parameters; `update="first"` on a backend without a primary, a `ServerUpdate` on one without
-            servers, or with an optimizer that servers cannot step.
+        UsageError: complex parameters; a `send_as` that cannot be; `update="first"` on a backend without a primary, a
+            `ServerUpdate` on one without servers, or with an optimizer that servers cannot step.
     """
     sizes_mb = (bucket_mb, first_bucket_mb, direct_mb)
     if bucket_mb <= 0 or first_bucket_mb <= 0 or direct_mb < 0:
         raise UsageError(f"bucket_mb, first_bucket_mb, direct_mb are {sizes_mb}: give MiB; 0 for direct_mb alone")
-    return Replica(model, comm, sizes_bytes=tuple(int(mb * 2**20) for mb in sizes_mb), update=update)
+    if send_as not in (None, *HALVES):
+        raise UsageError(f"send_as is {send_as}: torch.bfloat16, torch.float16, or None for gradients as they are")
+    if send_as is not None and isinstance(update, ServerUpdate):
+        raise UsageError(f"send_as is {send_as} with a ServerUpdate: servers take gradients as they are")
+    return Replica(model, comm, sizes_bytes=tuple(int(mb * 2**20) for mb in sizes_mb), send_as=send_as, update=update)
 
 
 class Replica:
     """See `replicate`."""
 
     def __init__(
-        self, model: nn.Module, comm: Backend, *, sizes_bytes: tuple[int, ...], update: str | ServerUpdate
+        self,
+        model: nn.Module,
+        comm: Backend,
+        *,
+        sizes_bytes: tuple[int, ...],
+        send_as: torch.dtype | None,
+        update: str | ServerUpdate,
     ) -> None:
         if not isinstance(update, ServerUpdate) and update not in ("worker", "first"):
             raise UsageError(f"update is {update!r}: `worker`, `first`, or a dtrain.ServerUpdate")
@@ -112,7 +127,7 @@ class Replica:
         if isinstance(update, ServerUpdate):
             self._exchange = self.pushes = Pushes(comm, self._named, sizes=sizes, update=update)
         else:
-            self._exchange = Exchange(comm, self._named, sizes=sizes, primary=primary)
+            self._exchange = Exchange(comm, self._named, sizes=sizes, send_as=send_as, primary=primary)
         self._primary = primary
         self._weights = StepWeights(comm, [p for _, p in self._named])
         self._hooks: list[Any] = [model.register_forward_pre_hook(_BeforeForward(self))]

@@ -82,7 +82,9 @@ class Task:
     clip_grad_norm: _Amount = None
     """Largest norm of the global gradient."""
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """Mixed precision."""
+    """Mixed precision: forward and backward in half precision, weights in their own."""
+    send_as: Literal["same", "bf16", "fp16"] = "same"
+    """Type that gradients travel as: half the bytes. They are added in float32."""
     seed: int = 0
     """Decides initial weights and the order of the data."""
     bucket_mb: float = 8.0
@@ -185,6 +187,7 @@ class RunSpec(Task):
             steps=self.steps,
             clip_grad_norm=self.clip_grad_norm,
             amp=self.amp,
+            send_as=self.send_as,
             norm_batch=int(self.norm_batch) if self.norm_batch.isdigit() else self.norm_batch,
             update=update or self.update,  # type: ignore[arg-type]
             staleness=_staleness(self.staleness),
@@ -372,7 +375,7 @@ def check(spec: RunSpec, workers: int) -> None:
 
 _SAME = (
     *("recipe", "options", "data", "dtype", "seed", "global_batch", "norm_batch", "precise_batches"),
-    *("lr", "amp", "clip_grad_norm"),
+    *("lr", "amp", "send_as", "clip_grad_norm"),
 )
 """What a resumed run must share with the run that it goes on with."""
 

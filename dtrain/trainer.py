@@ -39,7 +39,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 _MOST_RECORDS = 10_000
 _HEAR_WITHIN_S = 5.0  # of steps: how soon all hear that one of them was asked to stop
 
-_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -91,7 +91,8 @@ class Trainer:
         self.scheduler = scheduler
         self._first_settings = copy.deepcopy(_settings(optimizer))
         update = self._server_update() if config.update == "server" else config.update
-        self.replica = replicate(self.model, self.comm, bucket_mb=config.bucket_mb, update=update)
+        send_as = _HALVES.get(config.send_as)
+        self.replica = replicate(self.model, self.comm, bucket_mb=config.bucket_mb, send_as=send_as, update=update)
         if config.nonfinite != "allow":
             self.replica.look_for_nonfinite()
         self.records: list[dict[str, float]] = []
@@ -105,7 +106,7 @@ class Trainer:
         self._hooks = list(hooks)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         """Where the model is."""
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled="fp16" in (config.amp, config.send_as))
         self._watch = Stopwatch(self.comm, self.device)
         self._ledger = Ledger(self.comm.rank, self.comm.world_size)
         self._chosen = Chosen()
@@ -584,7 +585,7 @@ class Trainer:
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """What a forward runs in, by `TrainConfig.amp`."""
-    return contextlib.nullcontext() if amp == "off" else torch.autocast(device.type, dtype=_AMP[amp])
+    return contextlib.nullcontext() if amp == "off" else torch.autocast(device.type, dtype=_HALVES[amp])
 
 
 def norm_sharing(config: TrainConfig, data: Loader) -> norm.Sharing | None:

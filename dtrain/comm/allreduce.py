@@ -21,6 +21,8 @@ from torch import Tensor
 
 from dtrain.comm import collectives
 from dtrain.comm.base import LANES, Traffic, Work, check_flat, lane_of
+from dtrain.comm.halves import HalfSum
+from dtrain.comm.ordered import HALVES
 from dtrain.comm.peers import Board, Peer, suspects
 from dtrain.errors import CommError, ConnectError
 
@@ -32,7 +34,7 @@ class AllReduce:
     """A Backend over torch's process groups.
 
     Traffic is by formula, not measured: a ring moves 2(n-1)/n of the bytes in each direction (Patarasuk & Yuan 2009).
-    Half precision is added in half precision, hop by hop, as the library does.
+    Half precision is added in float32, see `dtrain.comm.halves`.
     """
 
     name = "allreduce"
@@ -54,6 +56,8 @@ class AllReduce:
         self._board = Board(store)
         self._owns_default = not dist.is_initialized()
         self._groups: dict[str, dist.ProcessGroup] = {}
+        self._seconds: dict[str, dist.ProcessGroup] = {}  # for the second messages of sums of halves
+        self._halves: dict[str, HalfSum] = {}  # the last of them
         self._watched: list[_Transfer] = []  # whose end somebody wants to know of
         self._closed = False
         atexit.register(self._at_exit)
@@ -69,6 +73,7 @@ class AllReduce:
                 )
             for lane in LANES:
                 self._groups[lane] = dist.new_group(timeout=timeout)
+                self._seconds[lane] = dist.new_group(timeout=timeout)
         except (RuntimeError, ValueError) as error:
             self.close()
             raise ConnectError(f"worker {rank} could not join the process group: {_first_line(error)}") from error
@@ -89,10 +94,17 @@ class AllReduce:
         nbytes = flat.numel() * flat.element_size() * 2 * (self.world_size - 1) // self.world_size
         self.traffic.count(key, nbytes, nbytes)
         try:
-            work = dist.all_reduce(flat, group=self._groups[lane_of(key)], async_op=True)
+            work = self._start(flat, lane_of(key))
         except RuntimeError as error:
             raise self._explain(error, key) from error
         return _Transfer(self, work, key)
+
+    def _start(self, flat: Tensor, lane: str) -> dist.Work | HalfSum:
+        if flat.dtype in HALVES and self.world_size > 1:
+            self._halves[lane] = HalfSum(flat, self._groups[lane], self._seconds[lane], self._halves.get(lane))
+            return self._halves[lane]
+        work: dist.Work = dist.all_reduce(flat, group=self._groups[lane], async_op=True)
+        return work
 
     def close(self) -> None:
         if self._closed:
@@ -103,9 +115,9 @@ class AllReduce:
             if self._owns_default and dist.is_initialized():
                 dist.destroy_process_group()
             elif not self._owns_default:
-                for group in self._groups.values():
+                for group in (*self._groups.values(), *self._seconds.values()):
                     dist.destroy_process_group(group)
-        self._groups = {}
+        self._groups, self._seconds = {}, {}
 
     def _at_exit(self) -> None:
         # No more than this: to take groups apart can block where the other workers are in trouble.
@@ -156,9 +168,9 @@ class AllReduce:
 
 
 class _Transfer:
-    def __init__(self, comm: AllReduce, work: dist.Work, key: str) -> None:
+    def __init__(self, comm: AllReduce, work: dist.Work | HalfSum, key: str) -> None:
         self._comm = comm
-        self._work: dist.Work | None = work
+        self._work: dist.Work | HalfSum | None = work
         self._key = key
         self._callback: Callable[[], None] | None = None
 

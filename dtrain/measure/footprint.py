@@ -70,7 +70,7 @@ def footprint(
         raise UsageError(f"the example batch has {samples} samples: give 2 or more")
     named = list(model.named_parameters())
     sizes = {**MESSAGES, **messages, **({"direct_bytes": 0} if packs or update == "server" else {})}
-    plans = [one for one in plan(named, **sizes) if one.members or update == "worker"]
+    plans = [one for one in plan(named, dtype=None, **sizes) if one.members or update == "worker"]
     direct = {named[index][0] for one in plans if one.direct for index in one.members}
     small, large = (_look(model, loss, batch, count, direct) for count in (samples // 2, samples))
     state_bytes, temporary_bytes = _optimizer_bytes([p for _, p in named if p.requires_grad], optimizer)

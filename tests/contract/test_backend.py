@@ -67,6 +67,15 @@ def sums(comm: Backend) -> dict[tuple[str, int], Any]:
     }
 
 
+def halves(comm: Backend, order: str) -> list[Any]:
+    """Sums of half precision, on their way together; as bits."""
+    flats = [real_values(comm.rank, n).to(dtype) for dtype in (torch.bfloat16, torch.float16) for n in (1, 7, 70_001)]
+    works = [comm.all_reduce(flat, f"gradient/half{number}") for number, flat in enumerate(flats)]
+    for work in works if order == "as started" or comm.rank else works[::-1]:
+        work.wait()
+    return [flat.view(torch.int16).numpy() for flat in flats]
+
+
 def sum_in_own_memory(comm: Backend) -> list[float]:
     flat = comm.empty(5, torch.float32, "gradient/empty")
     flat.copy_(values(comm.rank, 5, torch.float32))
@@ -151,6 +160,7 @@ def survey(comm: Backend) -> dict[str, Any]:
         "sums": sums(comm),
         "own memory": sum_in_own_memory(comm),
         "rounding": rounding(comm),
+        "halves": [halves(comm, order) for order in ("as started", "in different orders")],
         "waits": {order: in_flight(comm, order) for order in ("as started", "reversed")},
         "wait twice": wait_twice(comm),
         "same key": same_key(comm),
@@ -218,6 +228,18 @@ def test_memory_of_the_backend_is_summed_too(workers: list[dict[str, Any]]) -> N
     """A tensor from `empty` is a tensor as any other."""
     expected = sum(values(r, 5, torch.float32) for r in range(len(workers)))
     assert all(w["own memory"] == expected.tolist() for w in workers)  # type: ignore[union-attr]
+
+
+def test_halves_are_added_in_float32_and_rounded_once(workers: list[dict[str, Any]]) -> None:
+    """In worker order, so to the same bits on every backend; whatever order they are awaited in."""
+    kinds = [(dtype, n) for dtype in (torch.bfloat16, torch.float16) for n in (1, 7, 70_001)]
+    parts = [[real_values(r, n).to(dtype).float() for r in range(len(workers))] for dtype, n in kinds]
+    expected = [
+        sum(p[1:], p[0]).to(dtype).view(torch.int16).numpy() for p, (dtype, _) in zip(parts, kinds, strict=True)
+    ]
+    for worker in workers:
+        for found in worker["halves"]:
+            assert all((a == b).all() for a, b in zip(found, expected, strict=True))
 
 
 def test_same_bits_on_every_worker(workers: list[dict[str, Any]]) -> None:
