@@ -34,9 +34,11 @@ from dtrain.config import TrainConfig
 from dtrain.data import Loader, to_device
 from dtrain.errors import DataError, UsageError
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Prometheus, TensorBoard, finite
+from dtrain.learning import Learning, describe, make_optimizer, make_schedule
 from dtrain.measure import summarise
 from dtrain.measure.memory import peak_bytes, tensors
 from dtrain.recipes import Recipe
+from dtrain.steering import AdaptBatch, NoiseScale
 from dtrain.timeline import StepLog, Trace
 from dtrain.trainer import Trainer, norm_sharing
 
@@ -98,7 +100,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSpec(Task):
+class RunSpec(Learning, Task):
     """One run of a task."""
 
     norm_batch: str = "worker"
@@ -376,6 +378,7 @@ def check(spec: RunSpec, workers: int) -> None:
 _SAME = (
     *("recipe", "options", "data", "dtype", "seed", "global_batch", "norm_batch", "precise_batches"),
     *("lr", "amp", "send_as", "clip_grad_norm"),
+    *(field.name for field in dataclasses.fields(Learning)),
 )
 """What a resumed run must share with the run that it goes on with."""
 
@@ -410,7 +413,7 @@ def _check_same(spec: RunSpec, recipe: Recipe, folder: Path) -> str | None:
         if name not in saved:
             continue
         here, there = given[name], saved[name]
-        if name == "options":
+        if isinstance(here, tuple):
             here, there = sorted(here), sorted(there)
         if name == "lr" and there is None:  # as files of older versions say that it is the recipe's
             there = _rate(dataclasses.replace(spec, lr=None), recipe)
@@ -462,12 +465,11 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
     model = recipe.model.to(device)
     first = "first" if getattr(comm, "device", None) is not None else None
     config = spec.train_config(recipe, update=first)
-    optimizer = recipe.optimizer(model.parameters())
-    if spec.lr is not None:
-        for group in optimizer.param_groups:
-            group["lr"] = spec.lr
+    optimizer = make_optimizer(spec, recipe, model)
     loader = _loader(spec, recipe, comm.rank, comm.world_size)
-    steps = _steps(config, loader)
+    scheduler, steering = make_schedule(spec, recipe, optimizer, config, loader, _steps(config, loader))
+    if comm.rank == 0 and spec.progress:
+        print(f"dtrain: {describe(spec, recipe, optimizer, loader)}", file=sys.stderr, flush=True)
     return Trainer(
         model,
         recipe.loss,
@@ -475,8 +477,8 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
         loader,
         comm=comm,
         config=config,
-        scheduler=recipe.schedule(optimizer, steps) if recipe.schedule else None,
-        hooks=[*_precise(spec, recipe, loader, device), *_hooks(spec, recipe, comm, device, folder)],
+        scheduler=scheduler,
+        hooks=[*steering, *_precise(spec, recipe, loader, device), *_hooks(spec, recipe, comm, device, folder)],
     )
 
 
@@ -613,10 +615,22 @@ def _summary(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: float, sa
         **recipe.notes,
         **_first_device(trainer, workers),
         **_servers(trainer),
+        **_noise(trainer),
         "memory": {**trainer.memory, "peak_bytes": peak_bytes(trainer.device)},
         "late": [dataclasses.asdict(late) for late in state.late] if trainer.config.joint else [],
         "per_worker": workers,
     }
+
+
+def _noise(trainer: Trainer) -> dict[str, Any]:
+    """The gradient noise scale at the end, where it was measured, and what was decided by it."""
+    found: dict[str, Any] = {}
+    for hook in trainer.hooks:
+        if isinstance(hook, NoiseScale) and hook.found is not None:
+            found["noise_scale"] = dataclasses.asdict(hook.found.whole)
+        if isinstance(hook, AdaptBatch):
+            found["decisions"] = hook.decisions
+    return found
 
 
 def _servers(trainer: Trainer) -> dict[str, Any]:

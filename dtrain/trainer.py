@@ -103,7 +103,8 @@ class Trainer:
         """Bytes by what they are for, when the second step had its gradients, see `dtrain.measure.memory.measured`."""
         self._loss = loss
         self.data = data
-        self._hooks = list(hooks)
+        self.hooks = list(hooks)
+        """What hangs on the loop, in this order."""
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         """Where the model is."""
         self._scaler = torch.amp.GradScaler(self.device.type, enabled="fp16" in (config.amp, config.send_as))
@@ -279,7 +280,7 @@ class Trainer:
         self._at_sample = position["at_sample"]
         self.data.resize(position["global_batch"])
         self._count_steps()
-        for hook in self._hooks:
+        for hook in self.hooks:
             if (kept := groups["hooks"].get(type(hook).__name__)) is not None:
                 hook.restore(kept)
         self._ahead = self.state.step - (self.replica.pushes.steps if self.replica.pushes else 0)
@@ -529,7 +530,7 @@ class Trainer:
             self._stop_if_asked()
 
     def _call(self, name: str) -> None:
-        for hook in self._hooks:
+        for hook in self.hooks:
             getattr(hook, name)(self.state)
 
     # -- what is saved ------------------------------------------------------------------------------------------------
@@ -539,6 +540,7 @@ class Trainer:
         optimizer = self.optimizer.state_dict()
         if self.replica.pushes is not None and self.comm.rank == 0:
             optimizer["state"] = self.replica.pushes.optimizer_state()
+        hooks = {type(hook).__name__: kept for hook in self.hooks if (kept := hook.saved()) is not None}
         own = gather_own(self.model, self.comm)
         merged = merge_statistics(self.model, self.comm, samples=self.data.share)
         if self.comm.rank != 0:
@@ -548,7 +550,7 @@ class Trainer:
             "optimizer": optimizer,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "hooks": {type(hook).__name__: kept for hook in self._hooks if (kept := hook.saved()) is not None},
+            "hooks": hooks,
             "position": {
                 "step": self.state.step,
                 "epoch": self.state.epoch,

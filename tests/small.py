@@ -16,8 +16,8 @@ import dtrain
 from dtrain.comm.base import Backend
 from dtrain.data import BatchedData, Loader
 from dtrain.hooks import Checkpoint, Hook, State
-from dtrain.largebatch import decay, grow
-from dtrain.steering import Steer
+from dtrain.largebatch import Rule, cosine, decay, grow
+from dtrain.steering import AdaptBatch, Steer
 from dtrain.trainer import Trainer
 
 FEATURES = 5
@@ -93,6 +93,8 @@ class Job:
     """Steps after which the learning rate is halved."""
     grow: int | None = None
     """Largest global batch, where it grows instead of a rate that is halved at 0.4, 1.1 and 1.5 epochs."""
+    adapt: int | None = None
+    """Largest global batch, where it follows the gradient noise scale."""
     stream: bool = False
     seed: int = 0
     update: str = "worker"
@@ -130,6 +132,9 @@ def trainer_of(comm: Backend, job: Job, hooks: tuple[Hook, ...] = (), data: Any 
     if job.grow is not None:
         course = grow(decay([0.4, 1.1, 1.5], 0.5), batch=job.global_batch, max_batch=job.grow)
         hooks = (Steer(optimizer, course, samples=job.count), *hooks)
+    if job.adapt is not None:
+        rule = Rule(largest=job.adapt, ratio=4.0)
+        hooks = (AdaptBatch(optimizer, rule, samples=job.count, schedule=cosine(3), ask_every=4), *hooks)
     if job.root is not None:
         hooks = (*hooks, Checkpoint(Path(job.root), every_steps=job.every_steps, keep=100))
     scheduler = None

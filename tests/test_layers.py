@@ -20,6 +20,7 @@ FLOORS = [
     {"compare", "doctor", "probe", "room"},  # what the commands do
     {"__init__"},  # the front door: what `import dtrain` offers
     {"runs", "links"},
+    {"learning"},
     {"trainer", "timeline", "live", "steering"},
     {"hooks"},
     {"evaluate", "snapshot"},

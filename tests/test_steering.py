@@ -12,8 +12,8 @@ import dtrain
 from dtrain.comm.base import Backend
 from dtrain.errors import UsageError
 from dtrain.hooks import Hook, State
-from dtrain.largebatch import Setting, constant, steady, steps
-from dtrain.steering import Steer
+from dtrain.largebatch import Rule, Setting, constant, cosine, steady, steps
+from dtrain.steering import AdaptBatch, Steer
 from tests.conftest import BACKENDS, everywhere
 from tests.small import Job, differences, distance, fit, result_of, trainer_of
 
@@ -68,6 +68,57 @@ def test_servers_that_step_see_the_same() -> None:
     assert there[0]["global_batch"] == 56
 
 
+ADAPTING = GROWING.but(kind="plain", optimizer="sgd", grow=None, adapt=90).with_config(steps=20)
+"""The batch follows what the gradients of 4 workers say."""
+
+
+def adapting(comm: Backend, job: Job) -> dict[str, Any]:
+    """As `fit`, with what was decided and measured."""
+    trainer = trainer_of(comm, job)
+    if job.resume:
+        trainer.resume(Path(str(job.root)), job.resume_step)
+    result = result_of(trainer, trainer.fit())
+    (hook,) = (hook for hook in trainer.hooks if isinstance(hook, AdaptBatch))
+    return {**result, "decisions": hook.decisions, "scale": hook.found and hook.found.whole.scale}
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_the_batch_follows_the_noise(backend: str, tmp_path: Path) -> None:
+    """The same decisions on all workers and backends, and after a resume in the middle of a measurement."""
+    (first, *others) = everywhere(adapting, ADAPTING, backend=backend, workers=4)
+    here = dtrain.run(adapting, ADAPTING, workers=4, backend="threads")
+    assert [d["batch"] for d in first["decisions"]] == [d["batch"] for d in here[0]["decisions"]]
+    assert first["global_batch"] > 16
+    assert first["scale"] == pytest.approx(here[0]["scale"], rel=1e-9)
+    assert all(w["decisions"] == first["decisions"] and w["global_batch"] == first["global_batch"] for w in others)
+    assert distance(first["parameters"], here[0]["parameters"]) < 1e-10
+    job = ADAPTING.but(root=str(tmp_path))
+    everywhere(adapting, job.with_config(steps=10), backend=backend, workers=4)
+    (resumed, *_) = everywhere(adapting, job.but(resume=True), backend=backend, workers=4)
+    names = ("parameters", "optimizer", "lr", "position", "decisions", "scale")
+    assert not differences({n: resumed[n] for n in names}, {n: first[n] for n in names})
+
+
+def test_each_decision_has_a_reason_and_a_rate(caplog: pytest.LogCaptureFixture) -> None:
+    """The rate rises by AdaScale's gain, which is more than 1 and less than the batch's growth."""
+    found = dtrain.run(adapting, ADAPTING, workers=4, backend="threads")[0]
+    (decision, *_) = found["decisions"]
+    assert "noise scale" in decision["reason"]
+    assert decision["reason"] in caplog.text
+    assert decision["step"] % 4 == 0
+    plain = cosine(3)(found["position"][2] / 216) * 0.05
+    assert plain < found["lr"] < plain * found["global_batch"] / 16
+
+
+def test_one_sample_of_the_gradient_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """One worker with one micro-batch: the batch stays, and it is said why."""
+    job = ADAPTING.but(micro_batch=None)
+    (found,) = dtrain.run(adapting, job, workers=1, backend="threads")
+    assert found["decisions"] == []
+    assert found["global_batch"] == 16
+    assert "not identifiable" in caplog.text
+
+
 class Seen(Hook):
     """What each step had."""
 
@@ -86,7 +137,7 @@ class Seen(Hook):
 def watched(comm: Backend) -> Any:
     trainer = trainer_of(comm, PLAIN.with_config(steps=None, epochs=3))
     seen = Seen(trainer.optimizer)
-    trainer._hooks.insert(0, seen)
+    trainer.hooks.insert(0, seen)
     return seen, result_of(trainer, trainer.fit())
 
 
@@ -106,7 +157,7 @@ def test_the_batch_and_rate_of_each_step() -> None:
 
 def forecast(comm: Backend) -> tuple[int, int]:
     trainer = trainer_of(comm, PLAIN.with_config(steps=None, epochs=3))
-    course = trainer._hooks[0]._course
+    course = trainer.hooks[0]._course
     return steps(course, samples=216, epochs=3), trainer.fit().step
 
 
@@ -117,7 +168,7 @@ def test_steps_are_known_before() -> None:
 def refused(comm: Backend, config: dict[str, Any], batch: int) -> None:
     trainer = trainer_of(comm, Job("norm", optimizer="sgd").with_config(**config))
     course = lambda epochs: Setting(1.0, 8 if epochs < 0.5 else batch)  # noqa: E731
-    trainer._hooks.append(Steer(trainer.optimizer, course, samples=23))
+    trainer.hooks.append(Steer(trainer.optimizer, course, samples=23))
     trainer.fit()
 
 
@@ -132,3 +183,7 @@ def test_what_cannot_be_meant() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     with pytest.raises(UsageError, match="samples is 0"):
         Steer(optimizer, steady(constant(), 8), samples=0)
+    with pytest.raises(UsageError, match="lr_rule is 'cubic'"):
+        AdaptBatch(optimizer, Rule(), samples=8, lr_rule="cubic")
+    with pytest.raises(UsageError, match="ask_every is 0"):
+        AdaptBatch(optimizer, Rule(), samples=8, ask_every=0)
