@@ -164,8 +164,8 @@ class LARS(Layerwise):
     al. 2017, 1706.02677, section 3, remark 2); while the rate stays, both are one function. `lr_in_momentum=True` is
     the paper's form. The paper has no `eps`.
 
-    Where `lam` would be 0/0, or the weights are 0, it is 1. A learning rate for LARS is that of SGD over
-    `trust_coefficient`, roughly: it is not multiplied by the norm of the gradient.
+    Where `lam` would be 0/0, or the weights are 0, it is 1. Rates are larger than those of SGD: without momentum a step
+    changes a tensor by about lr · trust_coefficient of its norm, whatever the gradient.
     """
 
     def __init__(

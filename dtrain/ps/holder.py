@@ -18,10 +18,13 @@ from torch import Tensor
 
 from dtrain.comm.ordered import HALVES, total
 from dtrain.errors import ProtocolError
+from dtrain.optim import squares
 from dtrain.ps.layout import BucketRange, Layout
-from dtrain.ps.store import Gradient, Update
+from dtrain.ps.optimizers import Hyper, decode_hyper
+from dtrain.ps.pieces import Chunk, chunks
+from dtrain.ps.store import Direct, Gradient, Update
 from dtrain.ps.tasks import Pool, Task
-from dtrain.ps.update import Chunk, Hyper, ShardOptimizer, chunks, decode_hyper, squares
+from dtrain.ps.update import ShardOptimizer
 from dtrain.ps.wire import DTYPE_NAMES
 
 CHUNK_ELEMENTS = 2**18
@@ -35,12 +38,14 @@ class _Held:
         self.values = torch.zeros(range_.numel, dtype=DTYPE_NAMES[range_.dtype])
         pieces = [piece for _, piece in range_.pieces]
         limit = max(CHUNK_ELEMENTS, layout.rules.grain)
-        self.chunks = chunks(pieces, limit, layout.rules.grain, whole=layout.optimizer.whole)
+        self.chunks = chunks(pieces, limit, layout.rules.grain, whole=layout.whole)
         self.optimizers = [
-            ShardOptimizer(layout.optimizer, c.pieces, self.values[c.start : c.stop]) for c in self.chunks
+            ShardOptimizer(layout.optimizer, c.pieces, self.values[c.start : c.stop], whole=layout.whole)
+            for c in self.chunks
         ]
         self.members = _members(range_, self.chunks)
         self.sum: Tensor | None = None  # of a gradient whose norm is being agreed on
+        self.direction = torch.empty(range_.numel if layout.rules.ratios else 0, dtype=self.values.dtype)
         self.before: dict[int, Tensor] = {}  # what each worker last pulled, for delay compensation
         self.begun: Tensor | None = None  # what those have that have pulled nothing
 
@@ -77,6 +82,8 @@ class Holder:
         """
         held = self._held[update.bucket]
         rules = self.layout.rules
+        if update.ratios is not None:
+            return self._move(held, update, outputs)
         settings = self.settings(update.settings)
         if rules.damp and update.behind > 1:
             settings = tuple({**group, "lr": float(group["lr"]) / update.behind} for group in settings)  # type: ignore[arg-type]
@@ -98,6 +105,47 @@ class Holder:
 
         return Task(len(held.chunks), do, pool=self._pool)
 
+    def _move(self, held: _Held, update: Update, outputs: Sequence[Tensor]) -> Task:
+        """The second half of a step that `direct` has begun."""
+        used = _used(held.range, update.gradients)
+        ratios = self._ratios_of(held, update.ratios or [])
+
+        def do(number: int) -> None:
+            chunk, optimizer, members = held.chunks[number], held.optimizers[number], held.members[number]
+            part = slice(chunk.start, chunk.stop)
+            optimizer.move(held.direction[part], [used[m] for m in members], [ratios[m] for m in members])
+            for output in outputs:
+                output[part].copy_(held.values[part])
+
+        return Task(len(held.chunks), do, pool=self._pool)
+
+    def _ratios_of(self, held: _Held, told: Sequence[float]) -> dict[int, float]:
+        """By position in the bucket; told are those of all pieces that this server has, in order."""
+        first = sum(len(h.range.pieces) for h in self._held.values() if h.range.bucket < held.range.bucket)
+        return {member: told[first + n] for n, (member, _) in enumerate(held.range.pieces)}
+
+    def direct(self, work: Direct) -> Task:
+        """The task of making the first half of a step with trust ratios: sums of squares are told, values stay."""
+        settings = self.settings(work.settings)
+        parts, used = {}, {}
+        for held, gradients in zip(self._held.values(), work.gradients, strict=True):
+            parts[held.range.bucket] = [held.sum] if work.measured and held.sum is not None else _whole(gradients)
+            used[held.range.bucket] = _used(held.range, gradients)
+        turns = [(held, number) for held in self._held.values() for number in range(len(held.chunks))]
+        found: list[Tensor] = [torch.zeros(0)] * len(turns)
+
+        def do(turn: int) -> None:
+            held, number = turns[turn]
+            chunk, bucket = held.chunks[number], held.range.bucket
+            part = slice(chunk.start, chunk.stop)
+            total_ = self._total([p[part] for p in parts[bucket]])
+            torch.mul(total_, work.factor, out=held.direction[part])
+            present = [used[bucket][m] for m in held.members[number]]
+            found[turn] = held.optimizers[number].direct(held.direction[part], present, settings)
+
+        self._found = found
+        return Task(len(turns), do, pool=self._pool)
+
     def measure(self, gradients: Sequence[Sequence[Gradient]], factor: float) -> Task:
         """The task of summing gradients of all buckets, and taking the squares of their mean by block."""
         buckets = list(self._held.values())
@@ -109,19 +157,19 @@ class Holder:
             if factor != 1.0:
                 held.sum = held.sum * factor
             used = _used(held.range, gradients[number])
-            pieces = [piece for _, piece in held.range.pieces]
-            for (member, _), part in zip(held.range.pieces, held.sum.split([p.numel for p in pieces]), strict=True):
+            sizes = [piece.numel for _, piece in held.range.pieces]
+            for (member, _), part in zip(held.range.pieces, held.sum.split(sizes), strict=True):
                 if not used[member]:
                     part.zero_()
-            found[number] = squares(held.sum, pieces, self.layout.rules.grain)
+            found[number] = squares(held.sum, sizes, self.layout.rules.grain)
 
         task = Task(len(buckets), do, pool=self._pool)
         self._found = found
         return task
 
     def measured(self) -> Tensor:
-        """Sums of squares of the last `measure`, float64, bucket by bucket."""
-        return torch.cat(self._found) if self._found else torch.zeros(0, dtype=torch.float64)
+        """Sums of squares, float64 and flat, bucket by bucket: of the last `measure`, or of both that `direct` has."""
+        return torch.cat(self._found, dim=-1).view(-1) if self._found else torch.zeros(0, dtype=torch.float64)
 
     def _total(self, parts: Sequence[Tensor]) -> Tensor:
         """The sum of a chunk, in memory that each thread uses over and over: fresh memory costs as much as the sum."""

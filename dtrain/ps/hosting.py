@@ -16,24 +16,17 @@ from torch.nn import Parameter
 from dtrain.comm import collectives
 from dtrain.comm.hosts import HostedBucket, ServerUpdate, StepReport
 from dtrain.errors import ProtocolError, UsageError
+from dtrain.optim import BLOCK, Layerwise, total_norm
 from dtrain.ps import layout as layouts
 from dtrain.ps import wire
 from dtrain.ps.holder import CHUNK_ELEMENTS
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.link import Link, Take, copy_into
+from dtrain.ps.optimizers import hyper, spec_of
 from dtrain.ps.outbox import window_bytes
+from dtrain.ps.pieces import Piece, chunks, cut, numbering
 from dtrain.ps.placement import Range, grain, place, table
-from dtrain.ps.update import (
-    Piece,
-    chunks,
-    cut,
-    hyper,
-    merge_states,
-    numbering,
-    spec_of,
-    split_state,
-    total_norm,
-)
+from dtrain.ps.states import merge_states, split_state
 from dtrain.ps.wire import Answer, Closed
 
 if TYPE_CHECKING:
@@ -65,7 +58,6 @@ class Hosting:
         total = sum(map(sum, sizes))
         links = comm.links
         itemsizes = [b.values.element_size() for b in buckets]
-        self._placement = place(sizes, itemsizes, len(links), whole=spec.whole)
         self._sizes, self._itemsizes = sizes, itemsizes
         agreed = update.synchronous and (update.backup_workers > 0 or comm.on_loss == "drop")
         if update.backup_workers >= comm.world_size:
@@ -77,10 +69,13 @@ class Hosting:
             agreed=agreed,
             backup_workers=update.backup_workers,
             clip=update.synchronous and update.clip_grad_norm is not None,
+            ratios=spec.layerwise and update.synchronous and not agreed,
             damp=update.damping,
             compensation=update.delay_compensation,
-            grain=grain(total),
+            grain=BLOCK if spec.layerwise else grain(total),
         )
+        whole = Layout(self._rules, spec, ()).whole
+        self._placement = place(sizes, itemsizes, len(links), whole=whole, step=self._rules.grain)
         pieces = [
             [
                 Piece(*numbers[name], 0, p.numel(), tuple(p.shape), None if p.is_contiguous() else p.stride())
@@ -96,6 +91,7 @@ class Hosting:
         ]
         self._owed = 0  # requests without an answer, of those whose answer says nothing more
         self._answers: dict[int, tuple[Answer, bytes]] = {}  # by server, of those whose answer does
+        self._settings: list[dict[str, Any]] = []  # of the step under way
         self._open()
         update.optimizer._opt_called = True  # type: ignore[attr-defined]  # its steps are made elsewhere
 
@@ -125,7 +121,8 @@ class Hosting:
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def begin(self, share: float) -> None:
-        settings = _tensor(msgpack.packb(hyper(self._optimizer)))
+        self._settings = hyper(self._optimizer)
+        settings = _tensor(msgpack.packb(self._settings))
         for link in self._used:
             self._query(link, wire.Begin, self.steps, float(share), payload=settings)
 
@@ -172,6 +169,8 @@ class Hosting:
             answers = self._agree(what)
         if self._rules.clip:
             answers = self._clip(what, answers)
+        if self._rules.ratios:
+            answers = self._scale(what, answers)
         closed = [answer for answer, _ in answers if isinstance(answer, Closed)]
         if len(closed) < len(self._used):
             raise ProtocolError(f"{what}: a server that has not said that it made the step")
@@ -198,14 +197,11 @@ class Hosting:
 
     def _clip(self, what: str, answers: list[tuple[Answer, bytes]]) -> list[tuple[Answer, bytes]]:
         """Agree on the factor that brings the mean gradient's norm under the limit; it is the same on all workers."""
-        told = {
-            link.server: torch.frombuffer(bytearray(data), dtype=torch.float64)
-            for link, (answer, data) in zip(self._used, answers, strict=True)
-            if isinstance(answer, wire.Squares)
-        }
+        told = self._told(answers)
         if len(told) == len(self._used):
             limit = self._update.clip_grad_norm or 0.0
-            factor = limit / (total_norm(self._in_order(told)) + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+            norm = total_norm([sums for _, sums in self._in_order(told)])
+            factor = limit / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
             for link in self._used:
                 self._query(link, wire.Clip, self.steps, min(1.0, factor) if factor > 0 else 0.0)
             return self._gather(what)
@@ -218,15 +214,48 @@ class Hosting:
         )
         return [late.get(link.server, answer) for link, answer in zip(self._used, answers, strict=True)]
 
-    def _in_order(self, told: Mapping[int, Tensor]) -> list[Tensor]:
-        """Blocks' sums of squares in the order of the model, from what each server has of it."""
-        found: dict[tuple[int, int], Tensor] = {}
+    def _scale(self, what: str, answers: list[tuple[Answer, bytes]]) -> list[tuple[Answer, bytes]]:
+        """Agree on the trust ratio of each parameter, which all workers compute alike, and pass them on."""
+        told = {server: sums.view(2, -1) for server, sums in self._told(answers).items()}
+        if len(told) < len(self._used):
+            raise ProtocolError(f"{what}: a server that has not told its norms")
+        parts: dict[int, tuple[Piece, list[Tensor]]] = {}
+        for piece, sums in self._in_order(told):
+            parts.setdefault(piece.parameter, (piece, []))[1].append(sums)
+        ratios = {number: self._ratio(piece, sums) for number, (piece, sums) in parts.items()}
+        for link in self._used:
+            pieces = [piece for range_ in self._layouts[link.server].ranges for _, piece in range_.pieces]
+            payload = torch.tensor([ratios[piece.parameter] for piece in pieces], dtype=torch.float64)
+            self._query(link, wire.Scale, self.steps, payload=payload.view(torch.uint8))
+        return self._gather(what)
+
+    def _ratio(self, piece: Piece, sums: Sequence[Tensor]) -> float:
+        """Of a parameter, from its blocks' sums of squares: of its values, and of what moves it."""
+        optimizer, group = self._optimizer, self._settings[piece.group]
+        assert isinstance(optimizer, Layerwise)  # noqa: S101
+        if not optimizer.adapts(group, self._like[piece.parameter].dim()):
+            return 1.0
+        weights, update = (total_norm([part[row] for part in sums]) for row in (0, 1))
+        return optimizer.ratio(group, weights, update)
+
+    def _told(self, answers: Sequence[tuple[Answer, bytes]]) -> dict[int, Tensor]:
+        """Sums of squares by server, of those that have told any."""
+        return {
+            link.server: torch.frombuffer(bytearray(data), dtype=torch.float64)
+            for link, (answer, data) in zip(self._used, answers, strict=True)
+            if isinstance(answer, wire.Squares)
+        }
+
+    def _in_order(self, told: Mapping[int, Tensor]) -> list[tuple[Piece, Tensor]]:
+        """Sums of squares in the order of the model, by piece; blocks are the last dimension."""
+        found: dict[tuple[int, int, int], tuple[Piece, Tensor]] = {}
         for server, sums in told.items():
             offset = 0
             for range_ in self._layouts[server].ranges:
                 for member, piece in range_.pieces:
                     blocks = -(-piece.numel // self._rules.grain)
-                    found[range_.bucket * 2**20 + member, piece.start] = sums[offset : offset + blocks]
+                    part = sums[..., offset : offset + blocks]
+                    found[range_.bucket, member, piece.start] = piece, part
                     offset += blocks
         return [found[key] for key in sorted(found)]
 
@@ -267,6 +296,8 @@ class Hosting:
         collectives.barrier(self._comm)
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
+        if self._comm.rank != 0:
+            return {}
         parts = []
         for link in self._used:
             tensors = load_tensors(self._fetch(link))
@@ -290,10 +321,10 @@ class Hosting:
 
     def state_bytes(self) -> int:
         found = 0
-        for link in self._used:
+        for link in self._used if self._comm.rank == 0 else []:
             tensors = load_tensors(self._fetch(link))
             found += sum(t.nbytes for name, t in tensors.items() if "/" in name)
-        return found
+        return int(collectives.sum_numbers(self._comm, [found], "metric/state")[0])
 
     def table(self) -> str:
         names = [f"{link.server} {link.address}" for link in self._comm.links]
@@ -318,7 +349,7 @@ class Hosting:
     def _chunks(self, server: int, range_: BucketRange) -> list[tuple[Piece, ...]]:
         pieces = [piece for _, piece in range_.pieces]
         limit = max(CHUNK_ELEMENTS, self._rules.grain)
-        whole = self._layouts[server].optimizer.whole
+        whole = self._layouts[server].whole
         return [chunk.pieces for chunk in chunks(pieces, limit, self._rules.grain, whole=whole)]
 
     def _put(self, link: Link, data: bytes) -> None:

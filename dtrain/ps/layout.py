@@ -13,7 +13,9 @@ from typing import Any
 import msgpack
 
 from dtrain.errors import ProtocolError
-from dtrain.ps.update import OptimizerSpec, Piece, decode_spec, encode_spec
+from dtrain.optim import BLOCK
+from dtrain.ps.optimizers import OptimizerSpec, decode_spec, encode_spec
+from dtrain.ps.pieces import Piece
 from dtrain.ps.wire import DTYPE_NAMES
 
 MAX_BYTES = 2**20
@@ -33,6 +35,8 @@ class Rules:
     """Workers that a synchronous step need not wait for."""
     clip: bool = False
     """Whether workers pass on a factor for the mean gradient, from its norm over all servers."""
+    ratios: bool = False
+    """Whether workers pass on a trust ratio for each parameter, from norms over all servers."""
     damp: bool = False
     """Divide the learning rate by the staleness of the gradient."""
     compensation: float = 0.0
@@ -47,7 +51,7 @@ class Rules:
     @property
     def early(self) -> bool:
         """Whether a bucket is updated as soon as all workers have sent it."""
-        return self.synchronous and not self.agreed and not self.clip
+        return self.synchronous and not self.agreed and not self.clip and not self.ratios
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class Layout:
     def nbytes(self) -> int:
         return sum(r.nbytes for r in self.ranges)
 
+    @property
+    def whole(self) -> bool:
+        """Whether parameters are not cut: the optimizer needs whole ones, or norms that nobody passes on."""
+        return self.optimizer.whole or (self.optimizer.layerwise and not self.rules.ratios)
+
 
 def encode(layout: Layout) -> bytes:
     """The layout in bytes."""
@@ -94,8 +103,8 @@ def encode(layout: Layout) -> bytes:
         for r in layout.ranges
     ]
     staleness = -1 if rules.staleness is None else rules.staleness
-    flags = [staleness, rules.agreed, rules.backup_workers, rules.clip, rules.damp, rules.compensation, rules.grain]
-    packed: bytes = msgpack.packb([flags, encode_spec(layout.optimizer), ranges])
+    told = [rules.agreed, rules.backup_workers, rules.clip, rules.ratios, rules.damp, rules.compensation, rules.grain]
+    packed: bytes = msgpack.packb([[staleness, *told], encode_spec(layout.optimizer), ranges])
     return packed
 
 
@@ -110,9 +119,9 @@ def decode(data: bytes) -> Layout:
     limits: dict[str, Any] = {"max_array_len": _MOST, "max_map_len": 64, "max_str_len": 64, "max_bin_len": 0}
     try:
         flags, spec, ranges = msgpack.unpackb(data, max_ext_len=0, **limits)
-        staleness, agreed, backup, clip, damp, compensation, grain = flags
+        staleness, agreed, backup, clip, ratios, damp, compensation, grain = flags
         kinds = [type(x) for x in flags]
-        if kinds != [int, bool, int, bool, bool, float, int]:
+        if kinds != [int, bool, int, bool, bool, bool, float, int]:
             raise TypeError("rules")
         if not (-1 <= staleness < 2**31 and 0 <= backup < 2**31 and math.isfinite(compensation) and 0 < grain < 2**31):
             raise ValueError("rules")
@@ -121,11 +130,14 @@ def decode(data: bytes) -> Layout:
             agreed=agreed,
             backup_workers=backup,
             clip=clip,
+            ratios=ratios,
             damp=damp,
             compensation=compensation,
             grain=grain,
         )
         optimizer = decode_spec(spec)
+        if ratios and not (optimizer.layerwise and rules.synchronous and not agreed and grain == BLOCK):
+            raise ValueError("ratios")
         decoded = tuple(_range(r, len(optimizer.groups)) for r in ranges)
     except ProtocolError:
         raise

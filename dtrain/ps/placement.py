@@ -38,7 +38,12 @@ def grain(total: int) -> int:
 
 
 def place(
-    buckets: Sequence[Sequence[int]], itemsizes: Sequence[int], num_servers: int, *, whole: bool = False
+    buckets: Sequence[Sequence[int]],
+    itemsizes: Sequence[int],
+    num_servers: int,
+    *,
+    whole: bool = False,
+    step: int | None = None,
 ) -> list[list[Range]]:
     """The ranges of each bucket, by start, without gaps and never empty; bytes are spread evenly over the servers.
 
@@ -47,6 +52,7 @@ def place(
     Args:
         buckets: numbers of elements of the tensors in each bucket, in the order of the buffer.
         itemsizes: bytes of an element, of each bucket.
+        step: elements between places where a tensor may be cut; None: `grain` of all.
         whole: cut between tensors only, for optimizers that need whole ones; the balance is as good as that allows.
 
     Raises:
@@ -55,7 +61,7 @@ def place(
     _check_servers(num_servers)
     if len(itemsizes) != len(buckets):
         raise UsageError(f"itemsizes has {len(itemsizes)} entries for {len(buckets)} buckets; give one for each")
-    step = 0 if whole else grain(sum(map(sum, buckets)))
+    step = 0 if whole else step or grain(sum(map(sum, buckets)))
     sizes = [sum(tensors) for tensors in buckets]
     small = {b for b, size in enumerate(sizes) if size * itemsizes[b] < SMALL_BYTES}
     loads = [0] * num_servers

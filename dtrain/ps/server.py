@@ -413,6 +413,8 @@ class Server:
             self._add_job(_nothing, lambda: self._save(work.rank, work.request))
         elif isinstance(work, store.Measure):
             self._add_job(lambda: self._held.measure(work.gradients, work.factor), lambda: None)
+        elif isinstance(work, store.Direct):
+            self._add_job(lambda: self._held.direct(work), lambda: None)
         elif isinstance(work, store.TellSquares):
             self._add_job(_nothing, lambda: self._tell_squares(work.asked))
         elif isinstance(work, store.Update):

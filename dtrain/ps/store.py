@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dtrain.errors import LayoutError, ProtocolError
@@ -37,6 +38,7 @@ from dtrain.ps.wire import (
     Ready,
     Received,
     Request,
+    Scale,
     pack_ranks,
     unpack_ranks,
 )
@@ -99,6 +101,16 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Direct:
+    """Begin a step with trust ratios; keep what moves the parameters, and answer with the sums of squares of both."""
+
+    gradients: list[list[Gradient]]  # by bucket, in worker order
+    factor: float
+    settings: Tensor  # the optimizer's, for this step
+    measured: bool  # whether the sums are known from Measure
+
+
+@dataclass(frozen=True)
 class Update:
     """Step the optimizer on a bucket with the sum of these gradients times `factor`; answer them, and the pulls."""
 
@@ -109,6 +121,7 @@ class Update:
     behind: int  # staleness of the gradient
     measured: bool  # whether the sum is known from Measure
     pulls: list[tuple[int, Pull | PullShared]] = field(default_factory=list)
+    ratios: list[float] | None = None  # of all pieces that the server has: the end of a step that Direct began
 
 
 @dataclass(frozen=True)
@@ -121,12 +134,12 @@ class Give:
 
 @dataclass(frozen=True)
 class TellSquares:
-    """Answer with the sums of squares of the last Measure."""
+    """Answer with the sums of squares of the last Measure or Direct."""
 
     asked: Asked
 
 
-StoreWork = Reply | Build | Load | Save | Measure | Update | Give | TellSquares
+StoreWork = Reply | Build | Load | Save | Measure | Direct | Update | Give | TellSquares
 
 
 @dataclass
@@ -140,6 +153,7 @@ class _Turn:
     pushed: dict[int, dict[int, tuple[Push | PushShared, Tensor]]] = field(default_factory=dict)
     complete: bool = False
     answer_to: int | None = None  # request that is answered when the step is made
+    ratios: Tensor | None = None  # float64, in bytes: what the worker has passed on
     counted: int = 0  # workers whose gradient the step is made of, if this one's is among them
 
     def gradient(self, rank: int, bucket: int) -> Gradient:
@@ -169,7 +183,7 @@ class Store:
         self._ready: dict[int, int] = {}  # ranks that are ready, and their requests
         self._chosen: list[int] | None = None  # ranks that the step is made of
         self._left: set[int] = set()
-        self._measured = False
+        self._measured = self._directed = False
         self._made: dict[int, tuple[list[int], float]] = {}  # the last steps: of whom, and what they were clipped by
 
     # -- the shell asks -----------------------------------------------------------------------------------------------
@@ -218,6 +232,8 @@ class Store:
             return self._commit(rank, request, expected)
         if isinstance(request, Clip):
             return self._clip(rank, request, expected)
+        if isinstance(request, Scale) and payload is not None:
+            return self._scale(rank, request, payload, expected)
         raise ProtocolError(f"{type(request).__name__} from worker {rank}, which does not fit here")
 
     def _open(self, rank: int, request: Open, payload: Tensor, expected: list[int], now: float) -> list[StoreWork]:
@@ -247,7 +263,7 @@ class Store:
         for state in (self._clocks, self._pulled, self._turns, self._pulls, self._updated, self._ready, self._parts):
             state.clear()
         self._made.clear()
-        self._chosen, self._measured = None, False
+        self._chosen, self._measured, self._directed = None, False, False
 
     def _put(self, rank: int, request: Put, payload: Tensor) -> list[StoreWork]:
         assert self.layout is not None  # noqa: S101
@@ -359,15 +375,26 @@ class Store:
         self._chosen = list(expected)
         if self.layout.rules.clip:
             return [self._measure(), *(TellSquares((r, self._answered(self._turns[r]))) for r in expected)]
+        if self.layout.rules.ratios:
+            return [self._direct(1.0), *(TellSquares((r, self._answered(self._turns[r]))) for r in expected)]
         return self._close(expected, 1.0)
 
     def _measure(self) -> Measure:
         chosen = self._chosen or []
         self._measured = True
-        gradients = [[self._turns[r].gradient(r, b) for r in chosen] for b in self._ranges]
-        return Measure(gradients, self._mean_factor(chosen))
+        return Measure(self._gradients(chosen), self._mean_factor(chosen))
 
-    def _close(self, expected: list[int], factor: float) -> list[StoreWork]:
+    def _direct(self, factor: float) -> Direct:
+        chosen = self._chosen or []
+        self._directed = True
+        settings = self._turns[chosen[0]].settings
+        assert settings is not None  # noqa: S101
+        return Direct(self._gradients(chosen), factor, settings, self._measured)
+
+    def _gradients(self, ranks: list[int]) -> list[list[Gradient]]:
+        return [[self._turns[r].gradient(r, b) for r in ranks] for b in self._ranges]
+
+    def _close(self, expected: list[int], factor: float, ratios: list[float] | None = None) -> list[StoreWork]:
         """Make the step of the chosen workers' gradients; everyone whose step it was is done with it."""
         chosen = self._chosen or []
         work: list[StoreWork] = []
@@ -375,13 +402,13 @@ class Store:
             factor = self._mean_factor(chosen)
         for bucket in self._ranges:
             if bucket not in self._updated:
-                work.append(self._update(bucket, chosen, factor, measured=self._measured))
+                work.append(self._update(bucket, chosen, factor, measured=self._measured, ratios=ratios))
         for rank in chosen:
             self._turns[rank].counted = len(chosen)
         self._made[self.version] = (chosen, factor if self._measured else 1.0)
         self._made.pop(self.version - _REMEMBERED, None)
         self.version += 1
-        self._chosen, self._measured = None, False
+        self._chosen, self._measured, self._directed = None, False, False
         self._updated.clear()
         for rank in [r for r, t in self._turns.items() if t.step < self.version and r in self._left]:
             del self._turns[rank]
@@ -418,12 +445,13 @@ class Store:
         behind: int = 0,
         measured: bool = False,
         pulls: list[tuple[int, Pull | PullShared]] | None = None,
+        ratios: list[float] | None = None,
     ) -> Update:
         ranks = list(ranks)
         gradients = [self._turns[r].gradient(r, bucket) for r in ranks]
         settings = self._turns[ranks[0]].settings
         assert settings is not None  # noqa: S101
-        return Update(bucket, gradients, factor, settings, behind, measured, pulls or [])
+        return Update(bucket, gradients, factor, settings, behind, measured, pulls or [], ratios)
 
     # -- synchronous, of those that are ready first -------------------------------------------------------------------
 
@@ -487,7 +515,36 @@ class Store:
             return self._end_turn(rank)  # another worker was first
         if not self._measured:
             raise ProtocolError(f"Clip from worker {rank} before the norm was told")
-        return self._close(expected, request.factor)
+        assert self.layout is not None  # noqa: S101
+        if not self.layout.rules.ratios:
+            return self._close(expected, request.factor)
+        directed = [] if self._directed else [self._direct(request.factor)]
+        return [*directed, TellSquares((rank, self._answered(turn)))]
+
+    def _scale(self, rank: int, request: Scale, payload: Tensor, expected: list[int]) -> list[StoreWork]:
+        """A worker passes on the ratios. The step is made when all have, or one may still have to ask for the norms."""
+        turn = self._turns.get(rank)
+        if turn is None or turn.step != request.step or turn.answer_to is not None or not self._directed:
+            raise ProtocolError(f"Scale from worker {rank} for step {request.step}, whose norms it was not told")
+        pieces = sum(len(r.pieces) for r in self._ranges.values())
+        if payload.nbytes != 8 * pieces:
+            raise ProtocolError(f"ratios of {payload.nbytes} bytes from worker {rank}, for {pieces} pieces")
+        turn.answer_to, turn.ratios = request.seq, payload
+        for other, known in self._turns.items():
+            if known.ratios is not None and not torch.equal(known.ratios, payload):
+                raise ProtocolError(
+                    f"workers {min(other, rank)} and {max(other, rank)} passed on different trust ratios: their "
+                    "optimizers' settings differ"
+                )
+        if any(self._turns[r].ratios is None for r in expected):
+            return []
+        return self._close(expected, 1.0, payload.clone().view(torch.float64).tolist())
+
+    def _unagreed(self, ranks: list[int]) -> list[int]:
+        """Of these, whose word the step waits for: all have to pass on the same trust ratios."""
+        assert self.layout is not None  # noqa: S101
+        asked = self.layout.rules.ratios and (self._measured or self._directed)
+        return [r for r in ranks if asked and (turn := self._turns.get(r)) and turn.ratios is None]
 
     # -- each worker by itself ----------------------------------------------------------------------------------------
 
@@ -575,6 +632,8 @@ class Store:
         if self.layout is None or not self.layout.rules.synchronous:
             return ""
         others = [r for r, t in self._turns.items() if r != rank and t.step == self.version]
+        if rank in self._unagreed([rank]) and others:
+            return f"word on the norms of step {self.version}"
         return f"gradient of step {self.version}" if others and not self._complete_at(rank, self.version) else ""
 
     def late(self, expected: list[int], now: float, timeout_s: float) -> tuple[list[int], str] | None:
@@ -587,6 +646,8 @@ class Store:
             waiting = [t.since_s for t in self._turns.values() if t.step == self.version and t.complete]
             if not waiting or now - min(waiting) <= timeout_s:
                 return None
+            if ranks := self._unagreed(expected):
+                return ranks, f"its word on the norms of step {self.version}"
             ranks = [r for r in expected if not self._complete_at(r, self.version)]
             if not ranks and self._server == 0 and self.layout.rules.agreed and self._chosen is None:
                 ranks = [r for r in expected if r not in self._ready]

@@ -21,7 +21,7 @@ from dtrain.comm import parts
 from dtrain.comm.base import DTYPES
 from dtrain.errors import ProtocolError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_HEADER_BYTES = 4096
 PART_BYTES = parts.MOST_BYTES
 """A tensor travels in parts of at most this size, so that adding, sending and receiving overlap, and heartbeats do not
@@ -211,10 +211,18 @@ class Commit(Request):
 
 @dataclass(frozen=True)
 class Clip(Request):
-    """Passes on what the mean gradient is to be multiplied by. -> Closed"""
+    """Passes on what the mean gradient is to be multiplied by. -> Squares or Closed"""
 
     step: int
     factor: float
+
+
+@dataclass(frozen=True)
+class Scale(Request):
+    """Passes on the trust ratio of each piece that the server has, float64, which follow. -> Closed"""
+
+    step: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Squares:
-    """Sums of squares of the mean gradient, by block, follow."""
+    """Sums of squares by block follow: of the mean gradient, or of the parameters and then of what moves them."""
 
     seq: int
     checksum: int
@@ -381,12 +389,12 @@ Rendezvous = Register | Lookup | Numbered | Located
 Message = Hello | Bye | Request | Welcome | Answer | Again | Ping | Rewind | Failed | Inquire | Standing | Rendezvous
 _KINDS: tuple[type, ...] = (
     *(Hello, Bye, Share, Unshare, Add, AddShared, Await, Resume),
-    *(Open, Put, Fetch, Begin, Push, PushShared, Pull, PullShared, Ready, Commit, Clip, Recall),
+    *(Open, Put, Fetch, Begin, Push, PushShared, Pull, PullShared, Ready, Commit, Clip, Scale, Recall),
     *(Welcome, Done, Sum, Piece, Received, Chosen, Squares, Closed, Again, Ping, Rewind, Failed),
     *(Register, Lookup, Numbered, Located),
     *(Inquire, Standing),
 )
-WITH_PAYLOAD = (Add, Open, Put, Begin, Push, Sum, Piece, Squares)
+WITH_PAYLOAD = (Add, Open, Put, Begin, Push, Scale, Sum, Piece, Squares)
 _FIELDS = {
     kind: [(f.name, {"str": str, "int": int, "float": float, "bytes": bytes}[str(f.type)]) for f in fields(kind)]
     for kind in _KINDS

@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtrain.optim import LARS
 from dtrain.ps import layout as layouts
 from dtrain.ps import store, wire
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.members import Send, Session, Terms
+from dtrain.ps.optimizers import spec_of
+from dtrain.ps.pieces import Piece
 from dtrain.ps.shard import Effect, Forget, GiveUp, Map, Shard, SumUp
 from dtrain.ps.sums import reduce
-from dtrain.ps.update import Piece, spec_of
 from dtrain.ps.wire import Done, Message, Request
 
 NUMEL = 3
+RATIO = 0.25
+"""The trust ratio of every parameter."""
 
 
 def session(rank: int, server: int = 0) -> Session:
@@ -36,7 +40,8 @@ def hello(rank: int, world_size: int = 2, **more: Any) -> wire.Hello:
 @functools.cache
 def described(rules: Rules, buckets: tuple[int, ...], numel: int = NUMEL) -> Tensor:
     """A layout's bytes: of so many float64 numbers in each bucket."""
-    spec = spec_of(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    cls: type[torch.optim.Optimizer] = LARS if rules.ratios else torch.optim.SGD
+    spec = spec_of(cls([torch.nn.Parameter(torch.zeros(1))], lr=1.0))  # type: ignore[call-arg]
     ranges = tuple(BucketRange(b, "float64", 1, ((0, Piece(b, 0, 0, numel)),)) for b in buckets)
     return torch.frombuffer(bytearray(layouts.encode(Layout(rules, spec, ranges))), dtype=torch.uint8)
 
@@ -116,6 +121,10 @@ class Host:
         elif isinstance(work, store.Measure):
             for bucket, gradients in zip(self.values, work.gradients, strict=True):
                 self.sums[bucket] = added(gradients) * work.factor
+        elif isinstance(work, store.Direct):
+            for bucket, gradients in zip(self.values, work.gradients, strict=True):
+                total = self.sums[bucket] if work.measured else added(gradients)
+                self.sums[bucket] = total * work.factor
         elif isinstance(work, store.TellSquares):
             squares = torch.stack([t.square().sum() for t in self.sums.values()])
             self._answer(work.asked[0], wire.Squares(work.asked[1], 0), squares.view(torch.uint8))
@@ -138,8 +147,11 @@ class Host:
 
     def _update(self, work: store.Update) -> None:
         self.updates.append((self.epoch, work))
-        total = self.sums[work.bucket] if work.measured else added(work.gradients)
-        self.values[work.bucket] += total * work.factor
+        if work.ratios is not None:
+            self.values[work.bucket] += self.sums[work.bucket] * work.ratios[list(self.values).index(work.bucket)]
+        else:
+            total = self.sums[work.bucket] if work.measured else added(work.gradients)
+            self.values[work.bucket] += total * work.factor
         self.snaps[self.epoch, work.bucket].append(self.values[work.bucket].clone())
         for g in work.gradients:
             for seq in g.asked:
@@ -448,6 +460,11 @@ def hosted(
                 yield asked
             if rules.clip:
                 asked = yield from clip(worker, step, asked)
+            if rules.ratios:
+                assert all(isinstance(t.answer, wire.Squares) for t in asked), asked  # nobody is ahead
+                ratios = [torch.full((len(b),), RATIO, dtype=torch.float64).view(torch.uint8) for b in buckets]
+                asked = [worker.ask(s, wire.Scale, step, payload=ratios[s]) for s in servers]
+                yield asked
             closed = [t.answer for t in asked if isinstance(t.answer, wire.Closed)]
             assert len(closed) == len(buckets), asked
             worker.closed.append((worker.epoch, step, closed))

@@ -19,15 +19,16 @@ import zmq
 from safetensors.torch import save
 from torch import Tensor
 
+from dtrain.optim import LARS
 from dtrain.ps import layout as layouts
-from dtrain.ps import update, wire
+from dtrain.ps import optimizers, wire
 from dtrain.ps.client import ParameterServer
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.link import Joining, Link
 from dtrain.ps.members import Send, Session, Terms
+from dtrain.ps.pieces import Piece
 from dtrain.ps.server import Server
 from dtrain.ps.shard import Forget, Shard
-from dtrain.ps.update import Piece
 from dtrain.ps.wire import Answer, Hello, Message
 
 _sockets = itertools.count()
@@ -180,8 +181,11 @@ RANGES = (
     BucketRange(3, "float64", 1, ((0, Piece(2, 0, 0, NUMEL, (NUMEL,))),)),
 )
 _SGD = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
-SETTINGS = torch.frombuffer(bytearray(msgpack.packb(update.hyper(_SGD))), dtype=torch.uint8)
+_LARS = LARS([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+SETTINGS = torch.frombuffer(bytearray(msgpack.packb(optimizers.hyper(_SGD))), dtype=torch.uint8)
 """Of an optimizer that changes nothing."""
+LARS_SETTINGS = torch.frombuffer(bytearray(msgpack.packb(optimizers.hyper(_LARS))), dtype=torch.uint8)
+"""Of one with trust ratios, which changes nothing either."""
 VALUES = torch.frombuffer(
     bytearray(save({"0": torch.arange(1.0, NUMEL + 1), "3": -torch.arange(1.0, NUMEL + 1, dtype=torch.float64)})),
     dtype=torch.uint8,
@@ -190,7 +194,7 @@ VALUES = torch.frombuffer(
 
 def layout(ranges: tuple[BucketRange, ...] = RANGES, **rules: object) -> Tensor:
     """The layout of two buckets, in bytes."""
-    made = Layout(Rules(**rules), update.spec_of(_SGD), ranges)  # type: ignore[arg-type]
+    made = Layout(Rules(**rules), optimizers.spec_of(_LARS if rules.get("ratios") else _SGD), ranges)  # type: ignore[arg-type]
     return torch.frombuffer(bytearray(layouts.encode(made)), dtype=torch.uint8)
 
 
@@ -320,12 +324,16 @@ class Bench:
     def failed(self) -> wire.Failed | None:
         return self.server._shard.members.failed
 
+    def begin(self, rank: int, settings: Tensor = SETTINGS, step: int = 0) -> None:
+        """All that a worker's step begins with."""
+        self.ask(rank, wire.Begin, step, 0.5, 1, payload=settings.numpy().tobytes())
+        for r in RANGES:
+            self.ask(rank, wire.Push, step, r.bucket, 0, b"\3", 1, payload=bytes(r.nbytes))
+
     def step(self, step: int = 0) -> None:
         """Both workers make one."""
         for rank in range(2):
-            self.ask(rank, wire.Begin, step, 0.5, 1, payload=SETTINGS.numpy().tobytes())
-            for r in RANGES:
-                self.ask(rank, wire.Push, step, r.bucket, 0, b"\3", 1, payload=bytes(r.nbytes))
+            self.begin(rank, step=step)
         self.answered(2, wire.Closed)
 
     def answered(self, count: int, kind: type) -> None:

@@ -27,7 +27,7 @@ from dtrain import errors
 from dtrain.ps import lanes, wire
 from dtrain.ps.lanes import Segment
 from dtrain.ps.layout import BucketRange
-from dtrain.ps.update import Piece
+from dtrain.ps.pieces import Piece
 from tests.ps.serving import (
     NUMEL,
     RANGES,

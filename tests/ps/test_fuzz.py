@@ -20,6 +20,7 @@ from dtrain.ps.link import Joining, Link
 from dtrain.ps.sockets import make
 from dtrain.ps.wire import Message
 from tests.ps.serving import (
+    LARS_SETTINGS,
     SETTINGS,
     VALUES,
     Bench,
@@ -62,6 +63,7 @@ MESSAGES: list[tuple[Message, bytes | None]] = [
     (wire.Commit(14, 0, 0, b"\0\0\1\0"), None),
     (wire.Clip(15, 0, 0, 0.5), None),
     (wire.Recall(16, 0), None),
+    (wire.Scale(17, 0, 0, 0), bytes(24)),
     (wire.Inquire(), None),
     (wire.Done(0), None),
     (wire.Failed("CommError", "x"), None),
@@ -151,8 +153,12 @@ def mutants(messages: list[tuple[Message, bytes | None]], count: int, seed: int)
 def prepared(bench: Bench, rng: random.Random) -> None:
     """Another job, at one of the places where jobs are."""
     bench.anew()
-    stage = rng.randrange(4)
-    if stage:
+    stage = rng.randrange(5)
+    if stage == 4:
+        bench.open(ratios=True)
+        for rank in range(2):
+            bench.begin(rank, LARS_SETTINGS)
+    elif stage:
         bench.open(**rng.choice(({}, {"agreed": True}, {"clip": True}, {"staleness": 2}, {"staleness": None})))
     if stage == 2:
         for rank in range(2):

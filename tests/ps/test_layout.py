@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.errors import ProtocolError
+from dtrain.optim import LARS
 from dtrain.ps import layout
 from dtrain.ps.layout import BucketRange, Layout, Rules
-from dtrain.ps.update import Piece, spec_of
+from dtrain.ps.optimizers import spec_of
+from dtrain.ps.pieces import Piece
 
 SPEC = spec_of(torch.optim.Adam([torch.nn.Parameter(torch.zeros(2, 3))], lr=0.1))
 PIECES = ((0, Piece(0, 0, 0, 6, (2, 3), (3, 1))), (1, Piece(1, 0, 128, 72)))
@@ -33,6 +35,23 @@ LAYOUT = Layout(Rules(clip=True), SPEC, (BucketRange(0, "float32", 2, PIECES), B
 def test_round_trip(rules: Rules):
     whole = Layout(rules, SPEC, LAYOUT.ranges)
     assert layout.decode(layout.encode(whole)) == whole
+
+
+def test_trust_ratios_are_passed_on_or_tensors_stay_whole():
+    lars = spec_of(LARS([torch.nn.Parameter(torch.zeros(2, 3))], lr=0.1))
+    agreed = Layout(Rules(ratios=True), lars, LAYOUT.ranges)
+    assert layout.decode(layout.encode(agreed)) == agreed
+    assert not agreed.whole
+    assert not agreed.rules.early
+    assert Layout(Rules(staleness=None), lars, ()).whole
+    assert not LAYOUT.whole
+    for rules in (
+        Rules(ratios=True, staleness=1),
+        Rules(ratios=True, agreed=True),
+        Rules(ratios=True, grain=128),
+    ):
+        with pytest.raises(ProtocolError):
+            layout.decode(layout.encode(Layout(rules, lars, LAYOUT.ranges)))
 
 
 def test_sizes():
@@ -74,10 +93,12 @@ def changed(path: tuple[int, ...], value: object) -> bytes:
         ((0, 1), 1),
         ((0, 2), -1),
         ((0, 3), None),
-        ((0, 5), 0),
-        ((0, 5), float("nan")),
-        ((0, 5), float("inf")),
+        ((0, 4), 1),
+        ((0, 4), True),  # Adam has no trust ratios
         ((0, 6), 0),
+        ((0, 6), float("nan")),
+        ((0, 6), float("inf")),
+        ((0, 7), 0),
         ((0,), []),
         ((1,), None),
         ((1, 0), "LBFGS"),

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dtrain.ps import store, wire
 from dtrain.ps.layout import Rules
-from tests.ps.acting import Host, Net, by_step, gradient, hosted, sum_of, summing
+from tests.ps.acting import RATIO, Host, Net, by_step, gradient, hosted, sum_of, summing
 
 STEPS = 3
 number = st.integers(0, 10**6)
@@ -208,13 +208,17 @@ class Steps(Hosted):
         workers=st.integers(2, 4),
         servers=st.integers(1, 3),
         mode=st.sampled_from(
-            ["plain wait", "plain fail", "clip wait", "agreed wait", "agreed drop", "agreed drop clip"]
+            [
+                *("plain wait", "plain fail", "clip wait", "agreed wait", "agreed drop", "agreed drop clip"),
+                *("ratios wait", "ratios fail", "clip ratios wait"),
+            ]
         ),
         backup=st.integers(0, 1),
     )
     def begin(self, workers: int, servers: int, mode: str, backup: int) -> None:
         agreed = "agreed" in mode
-        rules = Rules(agreed=agreed, clip="clip" in mode, backup_workers=backup if agreed else 0)
+        backup = backup if agreed else 0
+        rules = Rules(agreed=agreed, clip="clip" in mode, ratios="ratios" in mode, backup_workers=backup)
         on_loss = next(w for w in mode.split() if w in ("wait", "fail", "drop"))
         self.start_hosted(rules, workers, servers, on_loss)
 
@@ -255,11 +259,12 @@ class Steps(Hosted):
                     else:
                         raise AssertionError(f"values of step {step} that no server had")
         if not self.rules.agreed:
+            factor = (0.5 if self.rules.clip else 1.0) * (RATIO if self.rules.ratios else 1.0)
             for host in net.hosts:
                 for bucket, values in host.values.items():
                     total = sum_of(range(net.world_size), 0, bucket) * 0
                     for step in range(STEPS):
-                        total += sum_of(range(net.world_size), step, bucket) * (0.5 if self.rules.clip else 1.0)
+                        total += sum_of(range(net.world_size), step, bucket) * factor
                     assert torch.equal(values, total)
 
 

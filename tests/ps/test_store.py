@@ -12,7 +12,7 @@ from dtrain.errors import LayoutError, ProtocolError
 from dtrain.ps import store as stores
 from dtrain.ps.layout import Rules
 from dtrain.ps.members import Terms
-from dtrain.ps.store import Build, Give, Load, Measure, Reply, Store, StoreWork, TellSquares, Update
+from dtrain.ps.store import Build, Direct, Give, Load, Measure, Reply, Store, StoreWork, TellSquares, Update
 from dtrain.ps.wire import (
     Begin,
     Bye,
@@ -29,6 +29,7 @@ from dtrain.ps.wire import (
     Ready,
     Received,
     Request,
+    Scale,
 )
 from tests.ps.acting import Host, described, gradient, hello, session
 
@@ -280,6 +281,81 @@ def test_no_factor_before_the_norm():
     steps.send(0)
     with pytest.raises(ProtocolError, match="before the norm was told"):
         steps(0, Clip, 0, 0.5)
+
+
+# --- trust ratios
+
+
+def ratios(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).view(torch.uint8)
+
+
+def tells(work: list[StoreWork]) -> list[int]:
+    return [w.asked[0] for w in work if isinstance(w, TellSquares)]
+
+
+def test_a_step_with_ratios_is_made_when_all_have_passed_them_on():
+    steps = Steps(ratios=True, buckets=(0, 1))
+    assert steps.send(1) == []
+    work = steps.send(0)
+    assert isinstance(work[0], Direct)
+    assert [[g.rank for g in gs] for gs in work[0].gradients] == [[0, 1], [0, 1]]
+    assert (work[0].factor, work[0].measured, tells(work)) == (1.0, False, [0, 1])
+    assert steps(1, Scale, 0, payload=ratios(0.5, 2.0)) == []
+    work = steps(0, Scale, 0, payload=ratios(0.5, 2.0))
+    assert ranks(work) == [(0, [0, 1]), (1, [0, 1])]
+    assert [w.ratios for w in work if isinstance(w, Update)] == [[0.5, 2.0]] * 2
+    assert closed(work) == {0: (1, 0, 2, 1.0), 1: (1, 0, 2, 1.0)}
+    assert isinstance([*steps.send(0, 1), *steps.send(1, 1)][0], Direct)
+
+
+def test_ratios_come_after_clipping_and_the_first_factor_counts():
+    steps = Steps(clip=True, ratios=True)
+    work = [*steps.send(0), *steps.send(1)]
+    assert isinstance(work[0], Measure)
+    work = steps(1, Clip, 0, 0.5)
+    assert isinstance(work[0], Direct)
+    assert (work[0].factor, work[0].measured, tells(work)) == (0.5, True, [1])
+    assert steps(1, Scale, 0, payload=ratios(3.0)) == []  # worker 0 has yet to hear of the norms
+    assert [type(w) for w in steps(0, Clip, 0, 0.25)] == [TellSquares]
+    assert [w.ratios for w in steps(0, Scale, 0, payload=ratios(3.0)) if isinstance(w, Update)] == [[3.0]]
+
+
+def test_ratios_that_cannot_be_meant():
+    def told(count: int = 2) -> Steps:
+        steps = Steps(ratios=True)
+        for rank in range(count):
+            steps.send(rank)
+        return steps
+
+    for count, fields, payload, words in [
+        (1, (0,), ratios(1.0), "norms it was not told"),
+        (2, (1,), ratios(1.0), "norms it was not told"),
+        (2, (0,), ratios(1.0, 1.0), "16 bytes from worker 0, for 1 pieces"),
+        (2, (0,), ratios(1.0)[:3], "3 bytes from worker 0, for 1 pieces"),
+    ]:
+        with pytest.raises(ProtocolError, match=words):
+            told(count)(0, Scale, *fields, payload=payload)
+    steps = told()
+    steps(0, Scale, 0, payload=ratios(1.0))
+    with pytest.raises(ProtocolError, match="norms it was not told"):
+        steps(0, Scale, 0, payload=ratios(1.0))  # twice
+    with pytest.raises(ProtocolError, match="workers 0 and 1 passed on different trust ratios"):
+        steps(1, Scale, 0, payload=ratios(1.5))
+    with pytest.raises(ProtocolError, match="norms it was not told"):
+        Steps()(0, Scale, 0, payload=ratios(1.0))
+
+
+def test_who_does_not_pass_ratios_on_is_late():
+    steps = Steps(ratios=True)
+    steps.send(0)
+    steps.send(1)
+    assert steps.store.waits_for(0) == steps.store.waits_for(1) == "word on the norms of step 0"
+    steps(1, Scale, 0, payload=ratios(1.0))
+    assert steps.store.waits_for(0) == "word on the norms of step 0"
+    assert steps.store.waits_for(1) == ""
+    assert steps.store.late(steps.expected, steps.now + 5.0, 10.0) is None
+    assert steps.store.late(steps.expected, steps.now + 11.0, 10.0) == ([0], "its word on the norms of step 0")
 
 
 # --- agreed
