@@ -11,6 +11,7 @@ from dtrain.evaluate import evaluate
 from dtrain.hooks import Hook, State
 from dtrain.jobs import run
 from dtrain.replica import Replica, replicate
+from dtrain.sharded import ShardedUpdate
 from dtrain.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Loader",
     "Replica",
     "ServerUpdate",
+    "ShardedUpdate",
     "State",
     "TrainConfig",
     "Trainer",

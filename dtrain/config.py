@@ -26,9 +26,10 @@ class TrainConfig:
     norm_batch: int | str | None = None
     """Samples that share batch-norm statistics: a number of them; `worker`: each worker's micro-batch; `global`: all
     workers'. See `dtrain.norm.convert`. None: as the model has it."""
-    update: Literal["worker", "first", "server"] = "worker"
-    """Who steps the optimizer: every worker its own; worker 0 for all (DataParallel's way); or the servers of ps, which
-    keep the parameters and one copy of the optimizer's state."""
+    update: Literal["worker", "first", "server", "sharded"] = "worker"
+    """Who steps the optimizer: every worker its own; worker 0 for all (DataParallel's way); the servers of ps, which
+    keep the parameters and one copy of the optimizer's state; or each worker a part of the parameters, the only one
+    that it keeps the state of (ZeRO-1, on any backend)."""
     staleness: int | None = 0
     """With update=server: steps that the fastest worker may be ahead of the slowest; 0: synchronous, None: no bound."""
     backup_workers: int = 0
@@ -67,10 +68,11 @@ class TrainConfig:
         for name, default in servers_only.items():
             if self.update != "server" and getattr(self, name) != default:
                 raise UsageError(f"{name} is {getattr(self, name)} with update={self.update}: it needs update=server")
-        if self.update == "server" and self.send_as != "same":
-            raise UsageError(f"send_as is {self.send_as} with update=server: servers take gradients as they are")
-        if self.update == "server" and self.amp == "fp16":
-            raise UsageError("amp is fp16 with update=server: servers do not scale losses; use bf16")
+        elsewhere = self.update in ("server", "sharded")
+        if elsewhere and self.send_as != "same":
+            raise UsageError(f"send_as is {self.send_as} with update={self.update}, which takes gradients as they are")
+        if elsewhere and self.amp == "fp16":
+            raise UsageError(f"amp is fp16 with update={self.update}: it does not scale losses; use bf16")
         if self.norm_batch == "global" and not self.joint:
             raise UsageError(
                 "norm_batch is global, where workers do not wait for each other: give norm_batch=worker, or "
@@ -78,12 +80,12 @@ class TrainConfig:
             )
         if isinstance(self.norm_batch, int) and self.norm_batch < 1:
             raise UsageError(f"norm_batch is {self.norm_batch}: a number of samples, at least 1")
-        if self.update == "server" and self.nonfinite != "allow":
-            raise UsageError(f"nonfinite is {self.nonfinite!r} with update=server: it is for update=worker and first")
+        if elsewhere and self.nonfinite != "allow":
+            raise UsageError(f"nonfinite is {self.nonfinite!r} with update={self.update}: give update=worker or first")
         choices_of = {
             "amp": ("off", "bf16", "fp16"),
             "send_as": ("same", "bf16", "fp16"),
-            "update": ("worker", "first", "server"),
+            "update": ("worker", "first", "server", "sharded"),
             "nonfinite": ("allow", "skip", "abort"),
         }
         for name, choices in choices_of.items():

@@ -101,7 +101,7 @@ class Hook:
     def on_rewind(self, state: State) -> None: ...
 
     def saved(self) -> dict[str, Any] | None:
-        """What a checkpoint is to keep of this hook, the only one of its class. All workers call it; worker 0's is kept."""
+        """What a checkpoint is to keep of this hook, the only one of its class. All call it; worker 0's counts."""
         return None
 
     def restore(self, saved: dict[str, Any]) -> None:

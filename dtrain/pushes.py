@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from dtrain.buckets import Bucket, Named, plan, view_like
+from dtrain.buckets import Bucket, Named, Plan, plan, view_like
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, Traffic
 from dtrain.comm.hosts import Hosted, HostedBucket, ParameterHost, ServerUpdate, StepReport
 from dtrain.errors import UsageError
+from dtrain.sharded import Sharded, ShardedUpdate
 
 _owners: weakref.WeakKeyDictionary[Traffic, weakref.ref[Pushes]] = weakref.WeakKeyDictionary()
 """Whose parameters the servers of a backend keep, by its traffic, which a meter around it shares."""
+
+HostedUpdate = ServerUpdate | ShardedUpdate
+"""Updates that are not this worker's own: gradients go out, parameters come back."""
 
 
 class Pushes:
@@ -30,13 +34,14 @@ class Pushes:
     A gradient that was pushed is no longer in `.grad`: it is only this worker's, and must not change under way.
     """
 
-    def __init__(self, comm: Backend, named: Named, *, sizes: Mapping[str, int], update: ServerUpdate) -> None:
+    def __init__(self, comm: Backend, named: Named, *, sizes: Mapping[str, int], update: HostedUpdate) -> None:
         """
         Raises:
             UsageError: the backend has no servers that keep parameters, or the optimizer cannot be theirs.
         """
         self._comm = comm
-        self._host_on(comm)
+        if isinstance(update, ServerUpdate):
+            self._host_on(comm)
         self._named = named
         self._update = update
         self._sizes = {**sizes, "direct_bytes": 0}
@@ -70,13 +75,17 @@ class Pushes:
             ) -> torch.Tensor:
                 return self._comm.empty(numel, dtype, key, device)
 
-            bucket = Bucket(one, self._named, empty)
+            bucket = Bucket(one, self._named, empty, flags=self._padding(one))
+            bucket.flags.zero_()
             values = empty(bucket.flat.numel(), one.dtype, one.device, f"gradient/values{number}")
             self._move([p for _, p in bucket.named], values)
             self._buckets.append(bucket)
             self._where.update({index: (bucket, slot) for slot, index in enumerate(one.members)})
             hosted.append(HostedBucket(bucket.flat, values, bucket.named))
-        self._hosted = self._host_on(self._comm).host(hosted, self._named, self._update)
+        if isinstance(self._update, ShardedUpdate):
+            self._hosted = Sharded(self._comm, hosted, self._named, self._update)
+        else:
+            self._hosted = self._host_on(self._comm).host(hosted, self._named, self._update)
         _owners[self._comm.traffic] = weakref.ref(self)
         if state is not None:
             self._hosted.restore(state)
@@ -179,7 +188,7 @@ class Pushes:
         self._mark()
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
-        """The `state` of the optimizer's state dict, from the servers; on worker 0, between steps."""
+        """The `state` of the optimizer's state dict, on worker 0; all workers call it, between steps."""
         self._refuse_amid_step("optimizer_state()")
         return self._kept | self._host.optimizer_state()
 
@@ -192,11 +201,11 @@ class Pushes:
         self._mark()
 
     def state_bytes(self) -> int:
-        """Bytes that all servers together keep for the optimizer."""
+        """Bytes that are kept for the optimizer, all together; all workers call it."""
         return self._host.state_bytes()
 
     def table(self) -> str:
-        """What each server keeps."""
+        """What each server, or worker, keeps."""
         return self._host.table()
 
     def message_buffers(self) -> list[torch.Tensor]:
@@ -241,8 +250,7 @@ class Pushes:
         self._steps_before = self.steps
         if not self._is_joint:
             self._host.refresh()
-        if self._comm.rank == 0:
-            self._kept = self._kept | self._host.optimizer_state()
+        self._kept = self._kept | self._host.optimizer_state()
         return self._kept
 
     def _refuse_amid_step(self, what: str) -> None:
@@ -292,10 +300,16 @@ class Pushes:
         for flat in flats:
             flat.mul_(factor.to(flat.device))
 
+    def _padding(self, one: Plan) -> int:
+        """Elements behind a bucket's parameters, so that all workers have parts of one size."""
+        numel = sum(self._named[index][1].numel() for index in one.members)
+        return -numel % self._comm.world_size if isinstance(self._update, ShardedUpdate) else 0
+
     @torch.no_grad()
     def _move(self, parameters: list[Parameter], values: torch.Tensor) -> None:
         """Let parameters lie side by side in a flat tensor."""
-        for parameter, part in zip(parameters, values.split([p.numel() for p in parameters]), strict=True):
+        sizes = [p.numel() for p in parameters]
+        for parameter, part in zip(parameters, values[: sum(sizes)].split(sizes), strict=True):
             view = view_like(part, parameter)
             view.copy_(parameter)
             parameter.data = view

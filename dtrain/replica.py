@@ -21,11 +21,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from dtrain.buckets import describe
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, PrimaryHost
-from dtrain.comm.hosts import ServerUpdate, StepReport
+from dtrain.comm.hosts import StepReport
 from dtrain.comm.ordered import HALVES
 from dtrain.errors import LayoutError, UsageError
 from dtrain.exchange import Exchange
-from dtrain.pushes import Pushes
+from dtrain.pushes import HostedUpdate, Pushes
 from dtrain.weights import StepWeights
 
 _SHARE_TOLERANCE = 0.05  # the sum may be in half precision
@@ -56,7 +56,7 @@ def replicate(
     first_bucket_mb: float = 1.0,
     direct_mb: float = 4.0,
     send_as: torch.dtype | None = None,
-    update: str | ServerUpdate = "worker",
+    update: str | HostedUpdate = "worker",
 ) -> Replica:
     """Tie a model to a backend: parameters and buffers become worker 0's, gradients become global means.
 
@@ -71,9 +71,10 @@ def replicate(
             own type.
         update: who steps the optimizer. `worker`: every worker has the mean gradient and steps its own. `first`:
             gradients are gathered on worker 0, which alone steps; the others get its parameters (DataParallel's way).
-            A `ServerUpdate`: the servers, which keep parameters and the optimizer's state; the parameters come back,
-            and gradients do not: `.grad` is None after backward, and clipping is the update's (`clip_grad_norm`).
-            With the last two, call `Replica.publish` after each step, and step only where `Replica.updates`.
+            A `ServerUpdate`: the servers, which keep parameters and the optimizer's state. A `ShardedUpdate`: each
+            worker a part of the parameters, the only one that it keeps the state of. With these two the parameters
+            come back, and gradients do not: `.grad` is None after backward, and clipping is the update's.
+            With all but `worker`, call `Replica.publish` after each step, and step only where `Replica.updates`.
 
     Returns:
         A handle with `backward`, `no_sync`, `check` and `close`.
@@ -88,8 +89,8 @@ def replicate(
         raise UsageError(f"bucket_mb, first_bucket_mb, direct_mb are {sizes_mb}: give MiB; 0 for direct_mb alone")
     if send_as not in (None, *HALVES):
         raise UsageError(f"send_as is {send_as}: torch.bfloat16, torch.float16, or None for gradients as they are")
-    if send_as is not None and isinstance(update, ServerUpdate):
-        raise UsageError(f"send_as is {send_as} with a ServerUpdate: servers take gradients as they are")
+    if send_as is not None and isinstance(update, HostedUpdate):
+        raise UsageError(f"send_as is {send_as} with a {type(update).__name__}: it takes gradients as they are")
     return Replica(model, comm, sizes_bytes=tuple(int(mb * 2**20) for mb in sizes_mb), send_as=send_as, update=update)
 
 
@@ -103,10 +104,10 @@ class Replica:
         *,
         sizes_bytes: tuple[int, ...],
         send_as: torch.dtype | None,
-        update: str | ServerUpdate,
+        update: str | HostedUpdate,
     ) -> None:
-        if not isinstance(update, ServerUpdate) and update not in ("worker", "first"):
-            raise UsageError(f"update is {update!r}: `worker`, `first`, or a dtrain.ServerUpdate")
+        if not isinstance(update, HostedUpdate) and update not in ("worker", "first"):
+            raise UsageError(f"update is {update!r}: `worker`, `first`, a dtrain.ShardedUpdate or ServerUpdate")
         if update == "first" and not isinstance(comm, PrimaryHost):
             raise UsageError(f"update='first' needs a backend with a primary, such as threads; {comm.name} has none")
         _untie(model, comm)
@@ -116,15 +117,15 @@ class Replica:
         self._model = model
         self._named = [(_plain(name), p) for name, p in model.named_parameters()]
         self._ids = {id(p) for _, p in self._named}
-        self._update_is_joint = not isinstance(update, ServerUpdate) or (
+        self._update_is_joint = not isinstance(update, HostedUpdate) or (
             update.synchronous and not update.backup_workers
         )
         primary = comm if update == "first" and isinstance(comm, PrimaryHost) else None
         sizes = dict(zip(("bucket_bytes", "first_bytes", "direct_bytes"), sizes_bytes, strict=True))
         self.pushes: Pushes | None = None
-        """With a `ServerUpdate`: what is pushed and pulled, and the figures of it."""
+        """With a `ServerUpdate` or `ShardedUpdate`: what is pushed and pulled, and the figures of it."""
         self._exchange: Exchange | Pushes
-        if isinstance(update, ServerUpdate):
+        if isinstance(update, HostedUpdate):
             self._exchange = self.pushes = Pushes(comm, self._named, sizes=sizes, update=update)
         else:
             self._exchange = Exchange(comm, self._named, sizes=sizes, send_as=send_as, primary=primary)
@@ -221,8 +222,8 @@ class Replica:
             self._sync = was
 
     def publish(self) -> StepReport | None:
-        """With `update="first"`: everyone's parameters become worker 0's, after its step. With a `ServerUpdate`: they
-        become the servers', after theirs; what became of this worker's step is returned. Else nothing."""
+        """With `update="first"`: everyone's parameters become worker 0's, after its step. With a `ServerUpdate` or a
+        `ShardedUpdate`: they become those after the step; what became of this worker's is returned. Else nothing."""
         return self._exchange.publish()
 
     def message_buffers(self) -> list[Tensor]:
@@ -233,7 +234,7 @@ class Replica:
         """From now on let an observer see each `backward` of this replica begin, and each step's last one end.
 
         Raises:
-            UsageError: with `update="first"` or a `ServerUpdate`, where workers do not get the mean gradient.
+            UsageError: with any update but `worker`: workers do not get the mean gradient.
         """
         if isinstance(self._exchange, Pushes) or self._primary is not None:
             raise UsageError("observe() needs the mean gradient on every worker: give update='worker'")
@@ -249,7 +250,7 @@ class Replica:
     def look_for_nonfinite(self) -> None:
         """From now on look at each worker's gradient before it is sent, to name the one where trouble began."""
         if isinstance(self._exchange, Pushes):
-            raise UsageError("look_for_nonfinite() is for gradients that come back, not for a ServerUpdate")
+            raise UsageError("look_for_nonfinite() is for gradients that come back, not where parameters do")
         self._exchange.looks_for_nonfinite = True
 
     def check(self, *, buffers: bool = False) -> None:

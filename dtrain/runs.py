@@ -116,8 +116,9 @@ class RunSpec(Learning, Task):
     """Where the run's files go. Default: runs/RECIPE-BACKEND-TIME."""
     checkpoint_every: str = "epoch"
     """epoch, never, or a number of steps."""
-    update: Literal["worker", "server"] = "worker"
-    """Who steps the optimizer: every worker its own, or the servers of ps, which keep one copy of its state."""
+    update: Literal["worker", "server", "sharded"] = "worker"
+    """Who steps the optimizer: every worker its own; the servers of ps, which keep one copy of its state; or each
+    worker a part of the parameters, of which it keeps the state (ZeRO-1)."""
     staleness: str = "0"
     """With --update server: steps that the fastest worker may be ahead of the slowest. 0: synchronous, none: no
     bound."""
@@ -641,7 +642,7 @@ def _servers(trainer: Trainer) -> dict[str, Any]:
         return found
     mine = json.dumps({"staleness": pushes.staleness, "dropped": pushes.dropped}).encode()
     rows = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/staleness") if data]
-    nbytes = pushes.state_bytes() if comm.rank == 0 else 0
+    nbytes = pushes.state_bytes()
     collectives.barrier(comm)
     return found | {
         "placement": pushes.table(),

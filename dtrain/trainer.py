@@ -28,7 +28,9 @@ from dtrain.hooks import Hook, State
 from dtrain.measure import Chosen, Ledger, Offset, StepTimes, Stopwatch, mean, metered, offset_to_first
 from dtrain.measure.memory import measured
 from dtrain.norm.merge import merge_statistics
+from dtrain.pushes import HostedUpdate
 from dtrain.replica import replicate
+from dtrain.sharded import ShardedUpdate
 from dtrain.snapshot import gather_own, restore_own
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class Trainer:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self._first_settings = copy.deepcopy(_settings(optimizer))
-        update = self._server_update() if config.update == "server" else config.update
+        update = self._hosted_update() or config.update
         send_as = _HALVES.get(config.send_as)
         self.replica = replicate(self.model, self.comm, bucket_mb=config.bucket_mb, send_as=send_as, update=update)
         if config.nonfinite != "allow":
@@ -380,8 +382,12 @@ class Trainer:
         self.replica.publish()
         return True
 
-    def _server_update(self) -> ServerUpdate:
+    def _hosted_update(self) -> HostedUpdate | None:
         config = self.config
+        if config.update == "sharded":
+            return ShardedUpdate(optimizer=self.optimizer, clip_grad_norm=config.clip_grad_norm)
+        if config.update != "server":
+            return None
         return ServerUpdate(
             optimizer=self.optimizer,
             clip_grad_norm=config.clip_grad_norm,
@@ -538,7 +544,7 @@ class Trainer:
     def _snapshot(self) -> dict[str, object] | None:
         self._settle()
         optimizer = self.optimizer.state_dict()
-        if self.replica.pushes is not None and self.comm.rank == 0:
+        if self.replica.pushes is not None:
             optimizer["state"] = self.replica.pushes.optimizer_state()
         hooks = {type(hook).__name__: kept for hook in self.hooks if (kept := hook.saved()) is not None}
         own = gather_own(self.model, self.comm)

@@ -16,7 +16,7 @@ import dtrain
 from dtrain.comm.base import Backend
 from dtrain.data import BatchedData, Loader
 from dtrain.hooks import Checkpoint, Hook, State
-from dtrain.largebatch import Rule, cosine, decay, grow
+from dtrain.largebatch import LAMB, LARS, Rule, cosine, decay, grow
 from dtrain.steering import AdaptBatch, Steer
 from dtrain.trainer import Trainer
 
@@ -75,6 +75,8 @@ def square_sums(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Mapping[str, 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "lars": lambda p: LARS(p, lr=0.1, trust_coefficient=0.02, weight_decay=1e-3),
+    "lamb": lambda p: LAMB(p, lr=0.02, weight_decay=1e-2),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
 }
 

@@ -26,6 +26,7 @@ FLOORS = [
     {"evaluate", "snapshot"},
     {"replica", "jobs", "launcher"},
     {"exchange", "pushes", "weights"},  # what a replica is made of
+    {"sharded"},
     {"connect"},
     {"serving"},
     {"recipes", "measure", "largebatch", "norm", "ps"},

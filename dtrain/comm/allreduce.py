@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dtrain.comm import collectives
 from dtrain.comm.base import LANES, Traffic, Work, check_flat, lane_of
-from dtrain.comm.halves import HalfSum
 from dtrain.comm.ordered import HALVES
+from dtrain.comm.partwise import HalfSum, PartSum, gather
 from dtrain.comm.peers import Board, Peer, suspects
 from dtrain.errors import CommError, ConnectError
 
@@ -34,7 +34,7 @@ class AllReduce:
     """A Backend over torch's process groups.
 
     Traffic is by formula, not measured: a ring moves 2(n-1)/n of the bytes in each direction (Patarasuk & Yuan 2009).
-    Half precision is added in float32, see `dtrain.comm.halves`.
+    Half precision is added in float32, see `dtrain.comm.partwise`.
     """
 
     name = "allreduce"
@@ -89,17 +89,28 @@ class AllReduce:
         return torch.empty(numel, dtype=dtype, device=device)
 
     def all_reduce(self, flat: Tensor, key: str) -> Work:
+        return self._begin(self._sum, flat, key, messages=2)
+
+    def reduce_scatter(self, flat: Tensor, key: str) -> Work:
+        return self._begin(lambda f, lane: PartSum(f, self._groups[lane]), flat, key)
+
+    def all_gather(self, flat: Tensor, key: str) -> Work:
+        return self._begin(lambda f, lane: gather(f, self._groups[lane]), flat, key)
+
+    def _begin(
+        self, start: Callable[[Tensor, str], dist.Work | HalfSum | PartSum], flat: Tensor, key: str, messages: int = 1
+    ) -> Work:
         check_flat(flat, key)
         self._look()
-        nbytes = flat.numel() * flat.element_size() * 2 * (self.world_size - 1) // self.world_size
+        nbytes = flat.numel() * flat.element_size() * messages * (self.world_size - 1) // self.world_size
         self.traffic.count(key, nbytes, nbytes)
         try:
-            work = self._start(flat, lane_of(key))
+            work = start(flat, lane_of(key))
         except RuntimeError as error:
             raise self._explain(error, key) from error
         return _Transfer(self, work, key)
 
-    def _start(self, flat: Tensor, lane: str) -> dist.Work | HalfSum:
+    def _sum(self, flat: Tensor, lane: str) -> dist.Work | HalfSum:
         if flat.dtype in HALVES and self.world_size > 1:
             self._halves[lane] = HalfSum(flat, self._groups[lane], self._seconds[lane], self._halves.get(lane))
             return self._halves[lane]
@@ -168,9 +179,9 @@ class AllReduce:
 
 
 class _Transfer:
-    def __init__(self, comm: AllReduce, work: dist.Work | HalfSum, key: str) -> None:
+    def __init__(self, comm: AllReduce, work: dist.Work | HalfSum | PartSum, key: str) -> None:
         self._comm = comm
-        self._work: dist.Work | HalfSum | None = work
+        self._work: dist.Work | HalfSum | PartSum | None = work
         self._key = key
         self._callback: Callable[[], None] | None = None
 

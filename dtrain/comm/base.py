@@ -103,6 +103,18 @@ class PrimaryHost(Backend, Protocol):
 
 
 @runtime_checkable
+class Scatters(Backend, Protocol):
+    """A Backend that does the two halves of an all-reduce apart. Worker r's part of a flat tensor is the r-th of
+    `world_size` equal ones."""
+
+    def reduce_scatter(self, flat: Tensor, key: str) -> Work:
+        """Start to replace this worker's part of `flat` by its sum over workers; the rest may hold anything then."""
+
+    def all_gather(self, flat: Tensor, key: str) -> Work:
+        """Start to replace each worker's part of `flat` by what that worker has there."""
+
+
+@runtime_checkable
 class Rejoins(Backend, Protocol):
     """A Backend that a job can go on with after a process was lost and replaced: its calls then raise `Rewound`."""
 

@@ -25,7 +25,9 @@ class ServerUpdate:
 
     optimizer: Optimizer
     """Over the model's parameters. It is described to the servers, which step their own; its learning rate and other
-    settings are sent with each step, so that schedules work. It keeps no state here."""
+    settings are sent with each step, so that schedules work. It keeps no state here. One of torch's, or LARS or LAMB of
+    `dtrain.optim`: workers agree on the norms of tensors that several servers have parts of. Where steps are not of all
+    workers (staleness, backup workers, lost ones dropped), tensors are not cut for these two."""
     clip_grad_norm: float | None = None
     """Largest norm of the mean gradient, over all servers; of each worker's own gradient, where steps are its own."""
     staleness: int | None = 0
@@ -107,16 +109,17 @@ class Hosted(Protocol):
         """Get the newest values. All workers call it, none of them in a step; all have the same afterwards."""
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
-        """The `state` of the optimizer's state dict. Worker 0's call, when no worker is in a step."""
+        """The `state` of the optimizer's state dict, on worker 0; nothing elsewhere. All workers call it, none in a
+        step."""
 
     def restore(self, state: Mapping[int, Mapping[str, Any]]) -> None:
         """Make worker 0's values and this optimizer state the servers'. All workers call it."""
 
     def state_bytes(self) -> int:
-        """Bytes that all servers together keep for the optimizer."""
+        """Bytes that are kept for the optimizer, all together. All workers call it."""
 
     def table(self) -> str:
-        """What each server keeps, to be printed."""
+        """Who keeps what, to be printed."""
 
 
 @runtime_checkable

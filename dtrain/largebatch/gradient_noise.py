@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 from dtrain.comm.base import Backend
 from dtrain.errors import DataError, UsageError
 from dtrain.largebatch.gradient_squares import Measured, Measurement, SecondMoments
-from dtrain.largebatch.noise_estimate import Estimate, Sums, estimate
+from dtrain.largebatch.noise_estimate import Estimate, estimate_table
 
 
 def by_module(name: str) -> str:
@@ -146,11 +147,12 @@ class GradientNoise:
             CommError: another process is gone, late or silent.
         """
         self._agree()
-        steps = [_sums(row, len(self._names)) for row in self._rows]
-        found = [
-            estimate([step[part] for step in steps], confidence=confidence, population=population)
-            for part in range(len(self._names) + 1)
-        ]
+        rows = np.array(self._rows).reshape(len(self._rows), _HEAD + 2 * len(self._names))
+        head, own, mean = np.split(rows, [_HEAD, _HEAD + len(self._names)], axis=1)
+        pieces, samples = head[:, _PIECES], head[:, _SAMPLES]
+        parts = [*zip(own.T, mean.T, strict=True), (own.sum(1), mean.sum(1))]
+        tables = [np.stack([pieces, samples, of_pieces / samples, of_mean], axis=1) for of_pieces, of_mean in parts]
+        found = [estimate_table(table, confidence=confidence, population=population) for table in tables]
         groups = dict(zip(self._names, found[:-1], strict=True))
         return Estimates(whole=found[-1], groups=groups, skipped=self._skipped)
 
@@ -212,11 +214,3 @@ class GradientNoise:
 
 
 _PIECES, _SAMPLES, _SPOILT, _HEAD = range(4)
-
-
-def _sums(row: Sequence[float], groups: int) -> list[Sums]:
-    """By group, and of all of them at the end."""
-    own, mean = row[_HEAD : _HEAD + groups], row[_HEAD + groups :]
-    pairs = [*zip(own, mean, strict=True), (sum(own), sum(mean))]
-    pieces, samples = round(row[_PIECES]), row[_SAMPLES]
-    return [Sums(pieces=pieces, samples=samples, of_pieces=o / samples, of_mean=m) for o, m in pairs]

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 
 from dtrain.errors import UsageError
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
@@ -49,11 +51,17 @@ def moments(sums: Sums) -> tuple[float, float]:
     Raises:
         UsageError: one piece, from which they cannot be told apart.
     """
-    n = sums.pieces
-    if n < 2:
-        raise UsageError(f"pieces is {n}: {_ONE_PIECE}")
-    noise = sums.samples * (sums.of_pieces - sums.of_mean) / (n - 1)
-    return noise, (n * sums.of_mean - sums.of_pieces) / (n - 1)
+    if sums.pieces < 2:
+        raise UsageError(f"pieces is {sums.pieces}: {_ONE_PIECE}")
+    (noise, square), *_ = _moments(np.array([[sums.pieces, sums.samples, sums.of_pieces, sums.of_mean]])).tolist()
+    return noise, square
+
+
+def _moments(table: Floats) -> Floats:
+    """[steps, 4], the fields of `Sums`, with two pieces or more -> [steps, 2], tr Σ and |G|²."""
+    n, samples, of_pieces, of_mean = table.T
+    found: Floats = np.stack([samples * (of_pieces - of_mean), n * of_mean - of_pieces], axis=1) / (n - 1)[:, None]
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,19 +120,25 @@ def estimate(steps: Sequence[Sums], *, confidence: float = 0.95, population: flo
     Raises:
         UsageError: a confidence that is not between 0 and 1.
     """
+    rows = [(sums.pieces, sums.samples, sums.of_pieces, sums.of_mean) for sums in steps]
+    return estimate_table(np.array(rows).reshape(-1, 4), confidence=confidence, population=population)
+
+
+def estimate_table(table: Floats, *, confidence: float = 0.95, population: float | None = None) -> Estimate:
+    """`estimate`, of a table [steps, 4] of the fields of `Sums`."""
     if not 0 < confidence < 1:
         raise UsageError(f"confidence is {confidence}: a probability between 0 and 1, such as 0.95")
-    used = [sums for sums in steps if sums.pieces > 1]
-    if not used:
-        doubt = _ONE_PIECE if steps else "no step was measured yet"
+    used = table[table[:, 0] > 1]
+    if not len(used):
+        doubt = _ONE_PIECE if len(table) else "no step was measured yet"
         unknown = {"noise": math.nan, "square": math.nan, "scale": math.nan}
         return Estimate(
             **unknown, low=0.0, high=math.inf, confidence=confidence, steps=0, samples=math.nan, doubt=doubt
         )
-    found = np.array([moments(sums) for sums in used])
+    found = _moments(used)
     if population is not None:
         found[:, 1] += found[:, 0] / population
-    weights = np.array([sums.pieces - 1.0 for sums in used])
+    weights = used[:, 0] - 1
     noise, square = (weights @ found / weights.sum()).tolist()
     low, high = _interval(found, weights, confidence)
     doubt = ""
@@ -140,7 +154,7 @@ def estimate(steps: Sequence[Sums], *, confidence: float = 0.95, population: flo
         high=high,
         confidence=confidence,
         steps=len(used),
-        samples=sum(sums.samples for sums in used) / len(used),
+        samples=float(used[:, 1].mean()),
         doubt=doubt,
     )
 
@@ -151,7 +165,7 @@ _ONE_PIECE = (
 )
 
 
-def _interval(found: NDArray[np.float64], weights: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+def _interval(found: Floats, weights: Floats, confidence: float) -> tuple[float, float]:
     """Fieller's interval for the ratio of two weighted means, cut at 0 from below.
 
     It is where (a - R d)² ≤ q² var(a - R d), with q Student's quantile: an interval, or, if d is not told from 0, all

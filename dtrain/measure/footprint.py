@@ -12,6 +12,7 @@ and give back within one operation, the allocator's rounding, and the process it
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -46,7 +47,8 @@ def footprint(
     batch: Any,
     optimizer: MakeOptimizer,
     *,
-    update: Literal["worker", "server"] = "worker",
+    update: Literal["worker", "server", "sharded"] = "worker",
+    shards: int = 1,
     packs: bool = False,
     messages: Mapping[str, int] = MESSAGES,
 ) -> Footprint:
@@ -58,7 +60,8 @@ def footprint(
         loss: as the trainer has it.
         batch: an example of 2 samples or more, on that device; half of it, and all of it, are run.
         optimizer: makes one from a list of parameters, as `Recipe.optimizer` does; it gets others of the same shapes.
-        update: `server`: the servers keep the optimizer's state, and gradients leave by buckets.
+        update: `server`: the servers keep the optimizer's state, and gradients leave by buckets. `sharded`: so they do,
+            and a worker keeps one of `shards` parts of the state.
         packs: whether the backend takes all gradients in buckets, as `ps` does.
         messages: keyword arguments of `buckets.plan` that are other than `MESSAGES`.
 
@@ -69,26 +72,27 @@ def footprint(
     if samples < 2:
         raise UsageError(f"the example batch has {samples} samples: give 2 or more")
     named = list(model.named_parameters())
-    sizes = {**MESSAGES, **messages, **({"direct_bytes": 0} if packs or update == "server" else {})}
+    sizes = {**MESSAGES, **messages, **({"direct_bytes": 0} if packs or update != "worker" else {})}
     plans = [one for one in plan(named, dtype=None, **sizes) if one.members or update == "worker"]
     direct = {named[index][0] for one in plans if one.direct for index in one.members}
     small, large = (_look(model, loss, batch, count, direct) for count in (samples // 2, samples))
     state_bytes, temporary_bytes = _optimizer_bytes([p for _, p in named if p.requires_grad], optimizer)
     direct_bytes = sum(small.gradients[name] for name in direct & small.gradients.keys())
     gradients_bytes = sum(small.gradients.values())
-    in_server = update == "server"
-    flags = 0 if in_server else 1 + sum(p.requires_grad for _, p in named)
+    elsewhere = update != "worker"
+    kept_bytes = {"worker": state_bytes, "server": 0, "sharded": math.ceil(state_bytes / shards)}[update]
+    flags = 0 if elsewhere else 1 + sum(p.requires_grad for _, p in named)
     return Footprint(
         parameters_bytes=sum(p.nbytes for _, p in named),
         buffers_bytes=sum(b.nbytes for b in model.buffers()),
-        gradients_bytes=0 if in_server else gradients_bytes,
+        gradients_bytes=0 if elsewhere else gradients_bytes,
         direct_bytes=direct_bytes,
-        optimizer_bytes=0 if in_server else state_bytes,
-        buckets_bytes=_buckets_bytes(named, plans, flags) - (0 if in_server else gradients_bytes - direct_bytes),
+        optimizer_bytes=kept_bytes,
+        buckets_bytes=_buckets_bytes(named, plans, flags) - (0 if elsewhere else gradients_bytes - direct_bytes),
         batch=_line(small, large, lambda look: look.batch_bytes),
         activations=_line(small, large, lambda look: look.saved_bytes),
-        workspace=(*_lines(small, large, lambda look: look.beside), Line(0 if in_server else temporary_bytes, 0.0)),
-        live=(*_live(small, large), (Line(0 if in_server else temporary_bytes, 0.0), direct_bytes)),
+        workspace=(*_lines(small, large, lambda look: look.beside), Line(0 if elsewhere else temporary_bytes, 0.0)),
+        live=(*_live(small, large), (Line(0 if elsewhere else temporary_bytes, 0.0), direct_bytes)),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dtrain.comm.base import Announces, Backend, PrimaryHost, Traffic, Work
+from dtrain.comm.base import Announces, Backend, PrimaryHost, Scatters, Traffic, Work
 from dtrain.comm.hosts import Hosted, HostedBucket, ParameterHost, ServerUpdate, StepReport
 from dtrain.measure.marks import HostMarks, Mark, Marks
 
@@ -125,6 +125,20 @@ class PrimaryMeter(Meter):
         return self._timed(self._primary.send_first, flat, key)
 
 
+class ScatterMeter(Meter):
+    """The same around a backend that Scatters."""
+
+    def __init__(self, inner: Scatters) -> None:
+        super().__init__(inner)
+        self._scatters = inner
+
+    def reduce_scatter(self, flat: Tensor, key: str) -> Work:
+        return self._timed(self._scatters.reduce_scatter, flat, key)
+
+    def all_gather(self, flat: Tensor, key: str) -> Work:
+        return self._timed(self._scatters.all_gather, flat, key)
+
+
 class HostMeter(Meter):
     """The same around a ParameterHost."""
 
@@ -144,6 +158,8 @@ def metered(comm: Backend) -> Meter:
         return comm
     if isinstance(comm, ParameterHost):
         return HostMeter(comm)
+    if isinstance(comm, Scatters):
+        return ScatterMeter(comm)
     return PrimaryMeter(comm) if isinstance(comm, PrimaryHost) else Meter(comm)
 
 
