@@ -3,13 +3,14 @@ PYTHON ?= python3
 PIP_ARGS ?= -c constraints.txt
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+CLAIMS_ARGS ?=
 
 BIN := .venv/bin
 # Named by content, not by time: changing branches back and forth installs nothing.
 READY := .venv/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-all bench check format clean distclean
+.PHONY: help venv train test test-all bench claims check format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ test-all: $(READY) ## every test, the slow ones too
 
 bench: $(READY) ## short benchmarks, ten minutes, and a page of what they found (BENCH_ARGS="--only sync norm")
 	$(BIN)/python benchmarks/page.py --run $(BENCH_ARGS)
+
+claims: $(READY) ## what the literature says of large batches, tried in short on this code, a quarter of an hour
+	$(BIN)/python benchmarks/claims/run.py --quick $(CLAIMS_ARGS)
 
 check: $(READY) ## style, types, and which module may import which
 	$(BIN)/ruff check

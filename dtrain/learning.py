@@ -98,9 +98,7 @@ def make_optimizer(spec: Any, recipe: Recipe, model: nn.Module) -> Optimizer:
     if spec.optimizer == "recipe":
         made = recipe.optimizer(parameters)
     elif spec.lr is None:
-        raise UsageError(
-            f"optimizer is {spec.optimizer}: give the learning rate too, --lr; the recipe's is for its own"
-        )
+        raise UsageError(f"optimizer is {spec.optimizer}: give its learning rate, --lr; the recipe's is for another")
     else:
         made = _OPTIMIZERS[spec.optimizer](parameters, lr=spec.lr)
     factor = rate_factor(spec, recipe)

@@ -578,7 +578,7 @@ def _asked_for(spec: RunSpec, trainer: Trainer, recipe: Recipe, device: torch.de
     return {
         **dataclasses.asdict(spec),
         **{k: v for k, v in dataclasses.asdict(trainer.config).items() if k != "rewind_to"},
-        "global_batch": trainer.data.global_batch,
+        "global_batch": trainer.data.first_batch,
         "lr": _rate(spec, recipe),
         "buffers": [name for name, _ in trainer.model.named_buffers()],
         "backend": comm.name,

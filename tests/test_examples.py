@@ -8,14 +8,14 @@ import pkgutil
 import pytest
 
 from dtrain import examples
-from dtrain.examples import domains, finetune, gan, qlearning, shifted
+from dtrain.examples import domains, finetune, fully_sharded, gan, qlearning, shifted
 
 SEEDS = ["0", pytest.param("1", marks=pytest.mark.slow)]
 
 
 def test_every_example_is_tested() -> None:
     names = {module.name for module in pkgutil.iter_modules(examples.__path__)}
-    assert names == {m.__name__.rpartition(".")[2] for m in (domains, finetune, gan, qlearning, shifted)}
+    assert names == {m.__name__.rpartition(".")[2] for m in (domains, finetune, fully_sharded, gan, qlearning, shifted)}
 
 
 @pytest.mark.parametrize("name", ["domains", "finetune", "gan", "qlearning", "shifted"])
@@ -75,6 +75,13 @@ def test_qlearning(seed: str) -> None:
     found = qlearning.main(["--seed", seed, "--steps", "450"])
     assert found["early precise"] < 0.9 * found["early running"]
     assert found["end precise"] < 0.5 * found["end running"]
+
+
+def test_fully_sharded() -> None:
+    """Three ways to keep the state train the same model; what each worker keeps is what ZeRO's formulas say."""
+    for kept, formula, apart in fully_sharded.main(["--epochs", "1"]).values():
+        assert kept == pytest.approx(formula, rel=0.01)
+        assert apart < 1e-12
 
 
 def test_exact_values() -> None:

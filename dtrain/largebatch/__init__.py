@@ -22,10 +22,12 @@ from dtrain.largebatch.gradient_noise import Estimates, GradientNoise, by_module
 from dtrain.largebatch.growth import Course, Setting, grow, steady, steps, updates
 from dtrain.largebatch.noise import SGDNoise, what_keeps_it
 from dtrain.largebatch.noise_estimate import Estimate, Sums, estimate, moments
+from dtrain.largebatch.part import Part
 from dtrain.largebatch.scaling import correct_momentum, parameter_groups, scale, zero_last_norms
 from dtrain.largebatch.schedules import Schedule, constant, cosine, decay, polynomial, warm_up
 from dtrain.largebatch.sharpness import Sharpness, sharpness
 from dtrain.largebatch.spectrum import Density, Eigenvalues, Trace, spectral_density, top_eigenvalues, trace
+from dtrain.largebatch.zero import zero_bytes
 from dtrain.optim import LAMB, LARS
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Fit",
     "GradientNoise",
     "LossSurface",
+    "Part",
     "Rule",
     "SGDNoise",
     "Schedule",
@@ -82,5 +85,6 @@ __all__ = [
     "updates",
     "warm_up",
     "what_keeps_it",
+    "zero_bytes",
     "zero_last_norms",
 ]
