@@ -125,7 +125,9 @@ def make_schedule(
     Args:
         steps: optimizer steps in all, for the recipe's schedule.
     """
-    hooks: list[Hook] = [NoiseScale()] if spec.noise_scale and spec.adapt_batch is None else []
+    hooks: list[Hook] = []
+    if spec.noise_scale and spec.adapt_batch is None:
+        hooks.append(NoiseScale(every=max(1, min(10, steps // 100))))  # a hundred samples, where a run is short
     if spec.schedule == "recipe":
         return (recipe.schedule(optimizer, steps) if recipe.schedule else None), hooks
     if loader.num_samples is None:

@@ -34,7 +34,7 @@ def test_sync_measures_every_transport_beside_gloo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["step.py", "sync.py", "norm.py", "norm_batch.py", "memory.py", "hosts.py", "links.py"]
+    "script", ["step.py", "sync.py", "norm.py", "norm_batch.py", "memory.py", "hosts.py", "links.py", "noise.py"]
 )
 def test_help(script: str) -> None:
     done = run(SCRIPTS / script, "--help")
