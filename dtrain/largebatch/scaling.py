@@ -97,16 +97,18 @@ def _scaled_norms(modules: Any) -> list[Any]:
 def correct_momentum(optimizer: Optimizer, factor: float) -> None:
     """After a learning rate that is part of the momentum buffer was multiplied by `factor`, do the same to the buffer.
 
-    Goyal et al. 2017, equation 10: v' = m (lr' / lr) v + lr' g. For optimizers that keep v = m v + lr g; torch's SGD
-    does not, and needs none.
+    Goyal et al. 2017, equation 10: v' = m (lr' / lr) v + lr' g. For optimizers that keep v = m v + lr g in a state
+    `momentum_buffer`, such as `LARS(lr_in_momentum=True)`; torch's SGD does not, and needs none.
 
     Raises:
-        UsageError: a factor that is not above 0, or an optimizer that keeps no `momentum_buffer`.
+        UsageError: a factor that is not above 0, or an optimizer that is known to need no correction.
     """
     if not (factor > 0 and math.isfinite(factor)):
         raise UsageError(f"factor is {factor}: give lr' / lr, above 0")
-    if isinstance(optimizer, torch.optim.SGD):
-        raise UsageError("torch.optim.SGD keeps the learning rate out of its momentum: it needs no correction")
+    apart = any(group.get("lr_in_momentum") is False for group in optimizer.param_groups)
+    if apart or isinstance(optimizer, torch.optim.SGD):
+        name = type(optimizer).__name__
+        raise UsageError(f"{name} keeps the learning rate out of its momentum: it needs no correction")
     for state in optimizer.state.values():
         if state.get("momentum_buffer") is not None:
             state["momentum_buffer"].mul_(factor)

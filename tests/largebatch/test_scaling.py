@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtrain.data import Loader
 from dtrain.errors import UsageError
-from dtrain.largebatch import correct_momentum, parameter_groups, scale, zero_last_norms
+from dtrain.largebatch import LARS, correct_momentum, parameter_groups, scale, zero_last_norms
 from dtrain.recipes.resnet import Block, ResNet
 from tests.small import Points, make_model, mean_square
 
@@ -113,10 +113,31 @@ def test_remark_2_momentum_correction(kind: str) -> None:
     assert equal is (kind != "inside")
 
 
+def test_lars_with_the_rate_inside_and_the_correction_is_lars_without() -> None:
+    """Its default form is the corrected one."""
+    generator = torch.Generator().manual_seed(0)
+    rates = [0.1, 0.4, 0.02]
+    gradients = [torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in rates]
+    ends = []
+    for inside in (True, False):
+        w = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+        optimizer = LARS([w], lr=rates[0], lr_in_momentum=inside, trust_coefficient=0.1)
+        for rate, gradient in zip(rates, gradients, strict=True):
+            if inside:
+                correct_momentum(optimizer, rate / optimizer.param_groups[0]["lr"])
+            optimizer.param_groups[0]["lr"] = rate
+            w.grad = gradient.clone()
+            optimizer.step()
+        ends.append(w.detach())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
+
+
 def test_momentum_that_needs_no_correction() -> None:
     w = torch.zeros(1, requires_grad=True)
     with pytest.raises(UsageError, match="needs no correction"):
         correct_momentum(torch.optim.SGD([w], lr=0.1, momentum=0.9), 2.0)
+    with pytest.raises(UsageError, match="LARS keeps the learning rate out"):
+        correct_momentum(LARS([w], lr=0.1), 2.0)
     with pytest.raises(UsageError, match="factor is 0"):
         correct_momentum(RateInside([w], 0.1), 0.0)
 
