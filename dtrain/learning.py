@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Subset
 from tyro.conf import arg
 
-from dtrain import largebatch
+from dtrain import largebatch, norm
 from dtrain.config import TrainConfig
 from dtrain.data import Loader
 from dtrain.errors import UsageError
@@ -21,6 +22,7 @@ from dtrain.hooks import Hook
 from dtrain.largebatch import Schedule
 from dtrain.recipes import Recipe
 from dtrain.steering import AdaptBatch, NoiseScale, Steer
+from dtrain.trainer import Trainer
 
 _Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 _Amount = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
@@ -64,9 +66,12 @@ class Learning:
     """Measure the gradient noise scale, which tells how large a batch pays; in metrics.jsonl, and advice at the end."""
     adapt_batch: _Count = None
     """Let the global batch follow the gradient noise scale, up to N samples, and the rate by AdaScale's gain."""
+    curvature_samples: _Count = None
+    """At the end, measure the Hessian on N training samples: its largest eigenvalues and trace, and Keskar's sharpness;
+    in summary.json. Ten to a hundred gradients over them."""
 
     def __post_init__(self) -> None:
-        for name in ("base_batch", "grow_batch", "adapt_batch"):
+        for name in ("base_batch", "grow_batch", "adapt_batch", "curvature_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{name} is {value}: a number of samples, 1 or more")
         if self.grow_batch is not None and self.adapt_batch is not None:
@@ -176,8 +181,38 @@ def describe(spec: Any, recipe: Recipe, optimizer: Optimizer, loader: Loader) ->
         text += f" = {rate / factor:.4g} x {factor:.4g} ({spec.lr_scaling}, from batch {base})"
     if spec.warmup_epochs:
         text += f", after a warm-up of {spec.warmup_epochs:g} epochs from {rate * _start(factor):.4g}"
+    if noise := _sgd_noise(optimizer, rate, loader):
+        text += f"; SGD's noise scale {noise.scale:.4g}"
     if spec.grow_batch is not None:
         text += f"; the batch grows to {spec.grow_batch} where the rate would fall"
     if spec.adapt_batch is not None:
         text += f"; the batch follows the gradient noise scale, up to {spec.adapt_batch}"
     return text
+
+
+def _sgd_noise(optimizer: Optimizer, rate: float, loader: Loader) -> largebatch.SGDNoise | None:
+    """Where the optimizer is SGD, on a data set of known size."""
+    if not isinstance(optimizer, torch.optim.SGD) or not rate > 0 or not loader.num_samples:
+        return None
+    batch, momentum = min(loader.global_batch, loader.num_samples), float(optimizer.param_groups[0]["momentum"])
+    return largebatch.SGDNoise(lr=rate, batch=batch, num_samples=loader.num_samples, momentum=momentum)
+
+
+def curvature(trainer: Trainer, recipe: Recipe, samples: int, *, progress: bool) -> dict[str, Any]:
+    """The Hessian of the mean loss over training samples, spread evenly; the same on all workers, which all call it."""
+    count = len(recipe.train)  # type: ignore[arg-type]
+    some = Subset(recipe.train, [i * count // min(samples, count) for i in range(min(samples, count))])
+    part = largebatch.Part(some, trainer.comm, batch_size=trainer.data.micro_batch, device=trainer.device)
+    with norm.merged_statistics(trainer.model, trainer.comm, samples=trainer.data.share):
+        surface = largebatch.LossSurface(trainer.model, recipe.loss, part, comm=trainer.comm)
+        eigenvalues = largebatch.top_eigenvalues(surface, 3, progress=progress)
+        trace = largebatch.trace(surface, probes=8, progress=progress)
+        found = largebatch.sharpness(surface, progress=progress)
+    return {
+        "samples": len(some),
+        "eigenvalues": list(eigenvalues.values),
+        "residuals": list(eigenvalues.residuals),
+        "trace": trace.value,
+        "trace_standard_error": trace.standard_error,
+        "sharpness": found.value,
+    }

@@ -34,7 +34,7 @@ from dtrain.config import TrainConfig
 from dtrain.data import Loader, to_device
 from dtrain.errors import DataError, UsageError
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Prometheus, TensorBoard, finite
-from dtrain.learning import Learning, describe, make_optimizer, make_schedule
+from dtrain.learning import Learning, curvature, describe, make_optimizer, make_schedule
 from dtrain.measure import summarise
 from dtrain.measure.memory import peak_bytes, tensors
 from dtrain.recipes import Recipe
@@ -245,6 +245,8 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     if trainer.config.joint or trainer.config.update == "server":
         trainer.replica.check()
     summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
+    if spec.curvature_samples is not None:
+        summary["curvature"] = curvature(trainer, recipe, spec.curvature_samples, progress=spec.progress)
     if spec.diagnose_batches and folder is not None:
         batches = _some_batches(trainer.data, state.epoch, spec.diagnose_batches, device)
         diagnosis = norm.diagnose(trainer.model, batches, comm=trainer.comm, forward=recipe.loss)
@@ -379,7 +381,7 @@ def check(spec: RunSpec, workers: int) -> None:
 _SAME = (
     *("recipe", "options", "data", "dtype", "seed", "global_batch", "norm_batch", "precise_batches"),
     *("lr", "amp", "send_as", "clip_grad_norm"),
-    *(field.name for field in dataclasses.fields(Learning)),
+    *(field.name for field in dataclasses.fields(Learning) if field.name != "curvature_samples"),
 )
 """What a resumed run must share with the run that it goes on with."""
 

@@ -34,7 +34,7 @@ def test_without_flags_a_run_is_the_recipes() -> None:
     assert optimizer.param_groups[0]["initial_lr"] == 0.1
     assert scheduler is not None
     assert hooks == []
-    assert text == "global batch 64 = 2 workers x 32 samples; learning rate 0.1"
+    assert text == "global batch 64 = 2 workers x 32 samples; learning rate 0.1; SGD's noise scale 21.45"
 
 
 @pytest.mark.parametrize(("rule", "rate"), [("linear", 1.6), ("sqrt", 0.4), ("none", 0.1)])
@@ -103,6 +103,18 @@ def test_hooks_for_the_noise() -> None:
 def test_what_cannot_be_meant(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         made(**wrong)
+
+
+def test_curvature_at_the_end() -> None:
+    """Positive at a minimum's side; the largest eigenvalue is no more than the trace of a convex loss would have it."""
+    spec = RunSpec(recipe="digits", options=("width=2",), steps=30, curvature_samples=100, progress=False)
+    first, second = dtrain.run(train, spec, workers=2, backend="threads")
+    found = first["curvature"]
+    assert found == second["curvature"]
+    assert found["samples"] == 100
+    assert found["eigenvalues"] == sorted(found["eigenvalues"], reverse=True)
+    assert found["eigenvalues"][0] > max(found["residuals"]) > 0
+    assert found["sharpness"] > 0
 
 
 def test_a_run_that_grows_is_resumed_by_its_files(tmp_path: Path) -> None:

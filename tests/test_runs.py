@@ -347,7 +347,7 @@ def test_a_resumed_run_says_so(four_steps: RunSpec, capsys: pytest.CaptureFixtur
     check(spec, 2)
     assert run(spec)["steps"] == 6
     assert capsys.readouterr().err.splitlines() == [
-        "dtrain: global batch 64 = 2 workers x 32 samples; learning rate 0.1",
+        "dtrain: global batch 64 = 2 workers x 32 samples; learning rate 0.1; SGD's noise scale 21.45",
         f"dtrain: resuming {spec.run_dir} at step 4 of 6",
         "dtrain: this run is now 6 steps; up to step 4 its learning rate was planned for 4 steps",
     ]
