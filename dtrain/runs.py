@@ -246,7 +246,9 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
         trainer.replica.check()
     summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
     if spec.curvature_samples is not None:
-        summary["curvature"] = curvature(trainer, recipe, spec.curvature_samples, progress=spec.progress)
+        summary["curvature"] = curvature(
+            trainer, recipe, spec.curvature_samples, progress=spec.progress and sys.stderr.isatty()
+        )
     if spec.diagnose_batches and folder is not None:
         batches = _some_batches(trainer.data, state.epoch, spec.diagnose_batches, device)
         diagnosis = norm.diagnose(trainer.model, batches, comm=trainer.comm, forward=recipe.loss)
