@@ -46,7 +46,7 @@ from dtrain.errors import DataError, UsageError
 
 _log = logging.getLogger(__name__)
 
-_FORMAT, _VERSION = "dtrain.checkpoint", 1
+_FORMAT, _VERSION = "dtrain.checkpoint", 2
 _MANIFEST, _COMMIT = "manifest.json", "COMMIT.json"
 _COMMIT_MAX_BYTES = 4096
 _STEP_DIR = re.compile(r"step-(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")

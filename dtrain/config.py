@@ -73,6 +73,11 @@ class TrainConfig:
             raise UsageError(f"send_as is {self.send_as} with update={self.update}, which takes gradients as they are")
         if elsewhere and self.amp == "fp16":
             raise UsageError(f"amp is fp16 with update={self.update}: it does not scale losses; use bf16")
+        if self.nonfinite != "allow" and "fp16" in (self.amp, self.send_as):
+            raise UsageError(
+                f"nonfinite is {self.nonfinite!r} with fp16, where a gradient that overflows is how the loss scale is "
+                "found, and leaves its step out: leave nonfinite away"
+            )
         if self.norm_batch == "global" and not self.joint:
             raise UsageError(
                 "norm_batch is global, where workers do not wait for each other: give norm_batch=worker, or "

@@ -247,13 +247,13 @@ class Loader:
         indices = [b[r.start : r.stop] for b, ranges in zip(batches, shares, strict=True) for r in ranges]
         # A worker without a share still takes part in the forward: it fetches a sample to learn the shapes.
         spare = [b[:1] for b, ranges in zip(batches, shares, strict=True) for _ in ranges]
-        fetched = self._fetch(epoch, [i if len(i) else s for i, s in zip(indices, spare, strict=True)])
+        fetched = self._fetch(epoch, start, [i if len(i) else s for i, s in zip(indices, spare, strict=True)])
         micros = (Micro(b if len(i) else empty(b), len(i)) for b, i in zip(fetched, indices, strict=True))
         for batch, ranges in zip(batches, shares, strict=True):
             yield Step(start, len(batch), islice(micros, len(ranges)))
             start += len(batch)
 
-    def _fetch(self, epoch: int, indices: list[Tensor]) -> Iterable[Any]:
+    def _fetch(self, epoch: int, start: int, indices: list[Tensor]) -> Iterable[Any]:
         if isinstance(self.dataset, BatchedData) and self._num_workers == 0:
             return map(self.dataset.batch, indices)
         return DataLoader(
@@ -261,16 +261,19 @@ class Loader:
             batch_sampler=[i.tolist() for i in indices],
             num_workers=self._num_workers,
             collate_fn=self._collate,
-            generator=self._own_generator(epoch),
+            generator=self._own_generator(epoch, start),
             worker_init_fn=leave_signals,
         )
 
-    def _own_generator(self, epoch: int) -> torch.Generator:
-        """What a DataLoader draws from, so that it leaves torch's own generator, and with it a resumed run, alone."""
-        return _generator((self.seed * 31 + epoch) * 1009 + self.rank)
+    def _own_generator(self, epoch: int, start: int) -> torch.Generator:
+        """What a DataLoader draws from, so that it leaves torch's own generator, and with it a resumed run, alone.
+
+        One that begins in mid-epoch, after a change of the batch, draws other numbers.
+        """
+        return _generator(((self.seed * 31 + epoch) * 1009 + self.rank) * 1_000_003 + start)
 
     def _stream(self, epoch: int, start: int) -> Iterator[Step]:
-        generator = self._own_generator(epoch)
+        generator = self._own_generator(epoch, start)
         loader = DataLoader(
             _Shares(self, start),
             batch_size=None,

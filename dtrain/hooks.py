@@ -53,6 +53,8 @@ class State:
     """`Replica.observe`: shows an observer each worker's gradients before they are summed."""
     resize: Callable[[int], None]
     """Gives the steps to come another global batch. All workers call it, after the same step."""
+    loss_scale: Callable[[], float] = lambda: 1.0
+    """What the loss is multiplied by, in half precision."""
     global_batch: int = 0
     """Samples of a step to come, over all workers; an epoch's last may have fewer."""
     step: int = 0
@@ -88,6 +90,9 @@ class State:
 class Hook:
     """Base of hooks: does nothing."""
 
+    steers = False
+    """Whether it sets the learning rate: then a Trainer takes no scheduler beside it."""
+
     def on_start(self, state: State) -> None: ...
 
     def on_step(self, state: State) -> None: ...
@@ -104,8 +109,8 @@ class Hook:
         """What a checkpoint is to keep of this hook, the only one of its class. All call it; worker 0's counts."""
         return None
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Take back what `saved` gave, on every worker, before `on_start` or `on_rewind`."""
+    def restore(self, saved: dict[str, Any] | None) -> None:
+        """Be as when `saved` gave this, on every worker, before `on_start` or `on_rewind`; None: as at the start."""
 
 
 class Progress(Hook):

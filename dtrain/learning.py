@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -65,7 +66,8 @@ class Learning:
     noise_scale: bool = False
     """Measure the gradient noise scale, which tells how large a batch pays; in metrics.jsonl, and advice at the end."""
     adapt_batch: _Count = None
-    """Let the global batch follow the gradient noise scale, up to N samples, and the rate by AdaScale's gain."""
+    """Let the global batch follow the gradient noise scale, up to N samples, and the rate by --lr-scaling; without
+    that, by AdaScale's gain."""
     curvature_samples: _Count = None
     """At the end, measure the Hessian on N training samples: its largest eigenvalues and trace, and Keskar's sharpness;
     in summary.json. Ten to a hundred gradients over them."""
@@ -74,6 +76,11 @@ class Learning:
         for name in ("base_batch", "grow_batch", "adapt_batch", "curvature_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"{name} is {value}: a number of samples, 1 or more")
+        for name, most in (("momentum", 1.0), ("weight_decay", math.inf), ("warmup_epochs", math.inf)):
+            if (rate := getattr(self, name)) is not None and not 0 <= rate < most:
+                raise UsageError(f"{name} is {rate}: 0 or more{', and below 1' if most == 1 else ''}")
+        if self.base_batch is not None and self.lr_scaling == "none":
+            raise UsageError(f"base_batch is {self.base_batch} without lr_scaling: give --lr-scaling linear or sqrt")
         if self.grow_batch is not None and self.adapt_batch is not None:
             raise UsageError("grow_batch and adapt_batch are both given: the batch follows the schedule, or the noise")
         if (self.schedule == "decay") != bool(self.milestones):
@@ -131,27 +138,42 @@ def make_schedule(
         steps: optimizer steps in all, for the recipe's schedule.
     """
     hooks: list[Hook] = []
+    second = isinstance(optimizer, torch.optim.Adam)  # and so AdamW
     if spec.noise_scale and spec.adapt_batch is None:
-        hooks.append(NoiseScale(every=max(1, min(10, steps // 100))))  # a hundred samples, where a run is short
+        every = max(1, min(10, steps // 100)) if steps else 10  # a hundred samples, where a run is short
+        hooks.append(NoiseScale(every=every, optimizer=optimizer if second else None))
     if spec.schedule == "recipe":
         return (recipe.schedule(optimizer, steps) if recipe.schedule else None), hooks
     if loader.num_samples is None:
         raise UsageError("a schedule counts epochs, and this data set is a stream of unknown length")
     schedule = _schedule(spec, recipe, config, loader)
     batch, samples = loader.global_batch, loader.num_samples
+    whole = loader.world_size * loader.micro_batch if loader.even else 1
     if spec.adapt_batch is not None:
-        rule = largebatch.Rule(largest=spec.adapt_batch)
-        hooks.append(AdaptBatch(optimizer, rule, samples=samples, schedule=schedule))
+        rule = largebatch.Rule(smallest=batch, largest=spec.adapt_batch, multiple_of=whole)
+        lr_rule = "adascale" if spec.lr_scaling == "none" else spec.lr_scaling
+        hooks.append(
+            AdaptBatch(optimizer, rule, samples=samples, schedule=schedule, lr_rule=lr_rule, preconditioned=second)
+        )
     else:
         course = largebatch.steady(schedule, batch)
         if spec.grow_batch is not None:
-            after = spec.warmup_epochs or 0.0
-            course = largebatch.grow(schedule, batch=batch, max_batch=spec.grow_batch, after=after)
+            course = largebatch.grow(
+                schedule,
+                batch=batch,
+                max_batch=spec.grow_batch,
+                after=spec.warmup_epochs or 0.0,
+                multiple_of=whole,
+                jump=1.0 if spec.schedule == "decay" else math.sqrt(2),
+            )
         hooks.append(Steer(optimizer, course, samples=samples))
     return None, hooks
 
 
 def _schedule(spec: Any, recipe: Recipe, config: TrainConfig, loader: Loader) -> Schedule:
+    changes = "grow_batch" if spec.grow_batch is not None else "adapt_batch" if spec.adapt_batch is not None else ""
+    if changes and config.epochs is None and spec.schedule in ("cosine", "polynomial"):
+        raise UsageError(f"{changes} with --steps and schedule {spec.schedule}, which counts epochs: give --epochs")
     length = config.epochs or (config.steps or 0) * loader.global_batch / (loader.num_samples or 1)
     schedules: dict[str, Callable[[], Schedule]] = {
         "constant": largebatch.constant,

@@ -111,7 +111,7 @@ class Pushes:
         """Raise if the step before is not over."""
         if self._stepping:
             raise UsageError(
-                "a backward before publish(): with update=ServerUpdate(...) call it after each step's backward"
+                "a backward before publish(): with a ServerUpdate or ShardedUpdate call it after each step's backward"
             )
 
     def begin(self, share: float | None) -> None:
@@ -225,7 +225,7 @@ class Pushes:
         owner = _owners.get(self._comm.traffic)
         if owner is None or owner() is not self:
             raise UsageError(
-                "the servers keep another model's parameters since: they keep those of one model; tie both as one "
+                "another model is kept in this one's place since: a backend keeps one; tie both as one "
                 "(nn.ModuleList), or this one again"
             )
         return self._hosted

@@ -403,7 +403,7 @@ class Replica:
         mine = [p for g in optimizer.param_groups for p in g["params"] if id(p) in self._ids]
         if mine and self.pushes is not None:
             raise UsageError(
-                "optimizer.step() where the servers step: call publish(), and step only if replica.updates"
+                "optimizer.step() where steps are made elsewhere: call publish(), and step only if replica.updates"
             )
         mine = [p for p in mine if p.grad is not None]
         if not mine:

@@ -85,8 +85,6 @@ class Task:
     """Largest norm of the global gradient."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Mixed precision: forward and backward in half precision, weights in their own."""
-    send_as: Literal["same", "bf16", "fp16"] = "same"
-    """Type that gradients travel as: half the bytes. They are added in float32."""
     seed: int = 0
     """Decides initial weights and the order of the data."""
     bucket_mb: float = 8.0
@@ -119,6 +117,8 @@ class RunSpec(Learning, Task):
     update: Literal["worker", "server", "sharded"] = "worker"
     """Who steps the optimizer: every worker its own; the servers of ps, which keep one copy of its state; or each
     worker a part of the parameters, of which it keeps the state (ZeRO-1)."""
+    send_as: Literal["same", "bf16", "fp16"] = "same"
+    """Type that gradients travel as: half the bytes. They are added in float32."""
     staleness: str = "0"
     """With --update server: steps that the fastest worker may be ahead of the slowest. 0: synchronous, none: no
     bound."""
@@ -179,6 +179,16 @@ class RunSpec(Learning, Task):
             raise UsageError(
                 "on_worker_loss is 'wait', and checkpoint_every 'never': there would be nothing to go back to"
             )
+        measures = "noise_scale" if self.noise_scale else "adapt_batch"
+        if self.update != "worker" and getattr(self, measures):
+            raise UsageError(f"{measures} with update={self.update}: workers do not get the mean gradient there")
+        changes = "grow_batch" if self.grow_batch is not None else "adapt_batch"
+        if getattr(self, changes) is not None and (_staleness(self.staleness) != 0 or self.backup_workers):
+            raise UsageError(
+                f"{changes} where workers do not wait for each other: give staleness=0 and no backup workers"
+            )
+        if self.curvature_samples is not None and self.dtype not in ("float32", "float64"):
+            raise UsageError(f"curvature_samples with dtype {self.dtype}: it is measured in float32 or float64")
         if self.update == "server" and backend != "ps":
             raise UsageError(f"update is 'server' with backend {backend}, which has no server: give --backend ps")
 
@@ -222,7 +232,7 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     resumed_step = 0
     if folder is not None and not comes_back and _resumes(comm, spec, folder, again=again):
         resumed_step = _resume(trainer, spec, recipe, folder)
-        if trainer.over and _has_ended(trainer, folder):
+        if (trainer.over or trainer.state.step == trainer.state.steps) and _has_ended(trainer, folder):
             if spec.resume:
                 raise _nothing_to_train(resumed_step)
             return _ended_before(comm, spec, folder)
@@ -245,10 +255,6 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     if trainer.config.joint or trainer.config.update == "server":
         trainer.replica.check()
     summary = _summary(trainer, recipe, spec, seconds, state.samples - samples_before)
-    if spec.curvature_samples is not None:
-        summary["curvature"] = curvature(
-            trainer, recipe, spec.curvature_samples, progress=spec.progress and sys.stderr.isatty()
-        )
     if spec.diagnose_batches and folder is not None:
         batches = _some_batches(trainer.data, state.epoch, spec.diagnose_batches, device)
         diagnosis = norm.diagnose(trainer.model, batches, comm=trainer.comm, forward=recipe.loss)
@@ -257,6 +263,11 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     if comm.rank == 0 and folder is not None:
         checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
         _write(folder / "summary.json", summary)
+    if spec.curvature_samples is not None:  # which may fail, where training has diverged
+        progress = spec.progress and sys.stderr.isatty()
+        summary["curvature"] = curvature(trainer, recipe, spec.curvature_samples, progress=progress)
+        if comm.rank == 0 and folder is not None:
+            _write(folder / "summary.json", summary)
     collectives.barrier(comm)
     return summary
 
@@ -371,6 +382,9 @@ def check(spec: RunSpec, workers: int) -> None:
         raise UsageError(f"backup_workers is {config.backup_workers} of {workers} workers: leave one at least")
     loader = _loader(spec, recipe, 0, workers)
     norm_sharing(config, loader)
+    optimizer = make_optimizer(spec, recipe, recipe.model)
+    make_schedule(spec, recipe, optimizer, config, loader, _steps(config, loader))
+    describe(spec, recipe, optimizer, loader)
     total = _steps(config, loader)
     if spec.run_dir is not None and (spec.resume or spec.auto_resume):
         _check_same(spec, recipe, Path(spec.run_dir))
@@ -473,8 +487,9 @@ def _trainer(comm: Backend, spec: RunSpec, recipe: Recipe, device: torch.device,
     optimizer = make_optimizer(spec, recipe, model)
     loader = _loader(spec, recipe, comm.rank, comm.world_size)
     scheduler, steering = make_schedule(spec, recipe, optimizer, config, loader, _steps(config, loader))
+    text = describe(spec, recipe, optimizer, loader)
     if comm.rank == 0 and spec.progress:
-        print(f"dtrain: {describe(spec, recipe, optimizer, loader)}", file=sys.stderr, flush=True)
+        print(f"dtrain: {text}", file=sys.stderr, flush=True)
     return Trainer(
         model,
         recipe.loss,

@@ -35,8 +35,11 @@ class Steer(Hook):
         trainer = dtrain.Trainer(..., hooks=[Steer(optimizer, course, samples=len(train))])
 
     The course is asked before each step, by the samples seen: a resumed run goes on where it was. A step that would
-    reach over a change has the batch that it began with.
+    reach over a change has the batch that it began with. Groups that come into the optimizer later count from the rate
+    that they come with.
     """
+
+    steers = True
 
     def __init__(self, optimizer: Optimizer, course: Course, *, samples: int) -> None:
         """
@@ -67,8 +70,8 @@ class Steer(Hook):
 class NoiseScale(Hook):
     """Measures the gradient noise scale while a run goes on, adds it to the records, and gives advice at the end.
 
-    Give it before the logs. Records have `noise_scale` with the ends of its interval, `noise_low` and `noise_high`, all
-    in samples; NaN where it is not identifiable. Nothing but the records changes.
+    Give it before logs and checkpoints. Records have `noise_scale` with the ends of its interval, `noise_low` and
+    `noise_high`, all in samples; NaN where it is not identifiable. Nothing but the records changes.
     """
 
     def __init__(self, *, every: int = 10, window: int = 100, optimizer: Optimizer | None = None) -> None:
@@ -77,7 +80,7 @@ class NoiseScale(Hook):
             every, window, optimizer: as of `dtrain.largebatch.GradientNoise`.
         """
         self._every, self._window, self._optimizer = every, window, optimizer
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict[str, Any] | None = None  # what is to be loaded when there is something to measure
         self._noise: GradientNoise | None = None
         self.found: Estimates | None = None
         """The latest estimate."""
@@ -85,11 +88,17 @@ class NoiseScale(Hook):
     def on_start(self, state: State) -> None:
         if self._noise is None:
             self._noise = GradientNoise(
-                state.model, state.comm, every=self._every, window=self._window, optimizer=self._optimizer
+                state.model,
+                state.comm,
+                every=self._every,
+                window=self._window,
+                optimizer=self._optimizer,
+                loss_scale=state.loss_scale,
             )
             state.observe(self._noise)
         if self._saved is not None:
-            self._noise.load(self._saved)
+            groups = self._noise.state()["groups"]
+            self._noise.load({**_UNMEASURED, "groups": groups, **self._saved})
             self._saved = None
 
     def on_step(self, state: State) -> None:
@@ -110,10 +119,16 @@ class NoiseScale(Hook):
         self.on_start(state)
 
     def saved(self) -> dict[str, Any] | None:
-        return None if self._noise is None else {"noise": self._noise.state()}
+        if self._saved is not None or self._noise is None:
+            return {"noise": self._saved or {}}
+        return {"noise": self._noise.state()}
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        self._saved = saved["noise"]
+    def restore(self, saved: dict[str, Any] | None) -> None:
+        self._saved = {} if saved is None else saved["noise"]
+
+
+_UNMEASURED: dict[str, Any] = {"count": 0, "skipped": 0, "rows": []}
+"""What a `GradientNoise` that has seen nothing has to save, beside its groups."""
 
 
 class AdaptBatch(NoiseScale):
@@ -125,6 +140,8 @@ class AdaptBatch(NoiseScale):
     The learning rate follows by `lr_rule` and a schedule of its own: give the Trainer no scheduler.
     """
 
+    steers = True
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -133,6 +150,7 @@ class AdaptBatch(NoiseScale):
         samples: int,
         schedule: Schedule | None = None,
         lr_rule: str = "adascale",
+        preconditioned: bool = False,
         ask_every: int = 20,
         every: int = 1,
         window: int = 100,
@@ -145,6 +163,7 @@ class AdaptBatch(NoiseScale):
             schedule: of the rate besides; None: constant.
             lr_rule: `linear`, `sqrt` or `none` of (batch / first batch); `adascale`: the gain of AdaScale (Johnson et
                 al. 2020), which is between 1 and linear by the noise scale at the change.
+            preconditioned: measure the gradient as Adam divides it; the optimizer is one of that kind.
             ask_every: steps from one decision to the next.
             every, window: as of `dtrain.largebatch.GradientNoise`.
         """
@@ -152,7 +171,7 @@ class AdaptBatch(NoiseScale):
             raise UsageError(f"ask_every is {ask_every}: a number of steps, 1 or more")
         if lr_rule not in (*RULES, "adascale"):
             raise UsageError(f"lr_rule is {lr_rule!r}: one of adascale, {', '.join(RULES)}")
-        super().__init__(every=every, window=window)
+        super().__init__(every=every, window=window, optimizer=optimizer if preconditioned else None)
         self._rates = _Rates(optimizer, samples)
         self._rule = rule
         self._schedule = schedule or constant()
@@ -178,12 +197,11 @@ class AdaptBatch(NoiseScale):
         self._rates.set(self._gain * self._schedule(self._rates.epochs(state)))
 
     def saved(self) -> dict[str, Any] | None:
-        kept = super().saved()
-        return None if kept is None else {**kept, "gain": self._gain, "decisions": self.decisions}
+        return {**(super().saved() or {}), "gain": self._gain, "decisions": self.decisions}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Any] | None) -> None:
         super().restore(saved)
-        self._gain, self.decisions = saved["gain"], list(saved["decisions"])
+        self._gain, self.decisions = (1.0, []) if saved is None else (saved["gain"], list(saved["decisions"]))
 
     def _change(self, state: State, decision: Decision, found: Estimate) -> None:
         before = state.global_batch
@@ -208,12 +226,13 @@ class _Rates:
             raise UsageError(f"samples is {samples}: give the size of the data set")
         self._optimizer = optimizer
         self._samples = samples
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", float(group["lr"]))
+        self._first = [float(group["lr"]) for group in optimizer.param_groups]
 
     def epochs(self, state: State) -> float:
         return state.samples / self._samples
 
     def set(self, factor: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        groups = self._optimizer.param_groups
+        self._first += [float(group["lr"]) for group in groups[len(self._first) :]]
+        for group, first in zip(groups, self._first, strict=True):
+            group["lr"] = first * factor

@@ -75,7 +75,8 @@ class Trainer:
             hooks: see `dtrain.hooks`.
 
         Raises:
-            UsageError: `data` is the share of another worker, or of another number of them.
+            UsageError: `data` is the share of another worker, or of another number of them; a scheduler and a hook that
+                both set the learning rate; two hooks of a class of which one is saved.
         """
         self.config = config
         self.comm = metered(comm or Solo())
@@ -105,11 +106,13 @@ class Trainer:
         """Bytes by what they are for, when the second step had its gradients, see `dtrain.measure.memory.measured`."""
         self._loss = loss
         self.data = data
+        _check_hooks(hooks, scheduler)
         self.hooks = list(hooks)
         """What hangs on the loop, in this order."""
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         """Where the model is."""
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled="fp16" in (config.amp, config.send_as))
+        rounds = config.send_as == "fp16" and any(p.dtype != torch.float16 for p in model.parameters())
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16" or rounds)
         self._watch = Stopwatch(self.comm, self.device)
         self._ledger = Ledger(self.comm.rank, self.comm.world_size)
         self._chosen = Chosen()
@@ -127,6 +130,7 @@ class Trainer:
             snapshot=self._snapshot,
             observe=self.replica.observe,
             resize=self._resize,
+            loss_scale=self._scaler.get_scale,
         )
         self._count_steps()
         generators.seed_all(config.seed * 1_000_003 + self.comm.rank)
@@ -283,8 +287,7 @@ class Trainer:
         self.data.resize(position["global_batch"])
         self._count_steps()
         for hook in self.hooks:
-            if (kept := groups["hooks"].get(type(hook).__name__)) is not None:
-                hook.restore(kept)
+            hook.restore(groups["hooks"].get(type(hook).__name__))
         self._ahead = self.state.step - (self.replica.pushes.steps if self.replica.pushes else 0)
         if position["world_size"] == self.comm.world_size:
             restore_own(groups[f"worker-{self.comm.rank}"], self.model)
@@ -505,14 +508,18 @@ class Trainer:
                 "the global batch cannot change where workers do not wait for each other: give staleness=0 and no "
                 "backup workers"
             )
-        before = self.data.global_batch, norm_sharing(self.config, self.data)
+        before, sharing = self.data.global_batch, norm_sharing(self.config, self.data)
         self.data.resize(global_batch)
-        if norm_sharing(self.config, self.data) != before[1]:
-            self.data.resize(before[0])
+        try:
+            changed = norm_sharing(self.config, self.data) != sharing
+        except UsageError:
+            changed = True
+        if changed:
+            self.data.resize(before)
             raise UsageError(
                 f"norm_batch is {self.config.norm_batch}, and with a global batch of {global_batch} instead of "
-                f"{before[0]} other workers would share statistics: give a micro_batch, which keeps a forward's size, "
-                "or norm_batch='worker' or 'global'"
+                f"{before} other samples would share statistics: give a micro_batch, and batches that are multiples of "
+                "workers times that, or norm_batch='worker' or 'global'"
             )
         self._count_steps()
 
@@ -616,6 +623,16 @@ def norm_sharing(config: TrainConfig, data: Loader) -> norm.Sharing | None:
             "other: give norm_batch=worker or less, or staleness=0 and no backup workers"
         )
     return shared
+
+
+def _check_hooks(hooks: Sequence[Hook], scheduler: LRScheduler | None) -> None:
+    steering = [type(hook).__name__ for hook in hooks if hook.steers]
+    if len(steering) > 1 or (steering and scheduler is not None):
+        also = "the scheduler" if scheduler is not None else steering[1]
+        raise UsageError(f"{steering[0]} sets the learning rate, and so does {also}: give one of them")
+    saved = [type(hook).__name__ for hook in hooks if type(hook).saved is not Hook.saved]
+    if twice := sorted({name for name in saved if saved.count(name) > 1}):
+        raise UsageError(f"two hooks of class {twice[0]}: a checkpoint keeps the state of one; subclass it")
 
 
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -930,7 +930,7 @@ def set_structure(structure: object):
     (lambda m: '{"step":' + "1" * 5000 + "}", "not the JSON"),
     (lambda m: "[]", "its format is not"),
     (lambda m: m.update(format="x"), "its format is not"),
-    (lambda m: m.update(version=2), "format version 2; this dtrain reads 1"),
+    (lambda m: m.update(version=1), "format version 1; this dtrain reads 2"),
     (lambda m: m.update(step=2), "step 2 in a directory of step 1"),
     (lambda m: m.update(step=True), "step: True is not of type int"),
     (lambda m: m.update(more=1), "expected an object with the fields"),

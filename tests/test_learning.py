@@ -98,11 +98,48 @@ def test_hooks_for_the_noise() -> None:
         ({"schedule": "cosine", "grow_batch": 128, "adapt_batch": 128}, "both given"),
         ({"base_batch": 0}, "base_batch is 0"),
         ({"schedule": "cosine", "grow_batch": 32}, "max_batch is 32 and batch 64"),
+        ({"schedule": "cosine", "adapt_batch": 32}, "no multiple of"),
+        ({"schedule": "cosine", "grow_batch": 128, "steps": 9}, "give --epochs"),
+        ({"base_batch": 32}, "base_batch is 32 without lr_scaling"),
+        ({"momentum": 1.0}, "momentum is 1.0: 0 or more, and below 1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0: 0 or more"),
     ],
 )
 def test_what_cannot_be_meant(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         made(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"update": "sharded", "noise_scale": True}, "noise_scale with update=sharded"),
+        ({"update": "server", "schedule": "cosine", "adapt_batch": 128}, "adapt_batch with update=server"),
+        ({"update": "server", "staleness": "2", "schedule": "cosine", "grow_batch": 128}, "do not wait for each other"),
+        ({"dtype": "bfloat16", "curvature_samples": 10}, "curvature_samples with dtype bfloat16"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_the_start(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        RunSpec(recipe="digits", **wrong).check_loss("ps")
+
+
+def test_a_smooth_schedule_changes_the_batch_a_few_times() -> None:
+    """To multiples of what the workers compute at once."""
+    _, _, _, (hook,) = made(schedule="cosine", grow_batch=512)
+    sizes = [hook._course(t / 100).batch for t in range(1200)]
+    assert 4 <= len(set(sizes)) <= 8
+    assert all(size % 64 == 0 for size in sizes)
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_summary(tmp_path: Path) -> None:
+    """Also where its last checkpoint was made at its last step, before the end of the epoch was seen."""
+    fields: dict[str, Any] = {"recipe": "digits", "options": ("width=2",), "epochs": 2, "global_batch": 512}
+    spec = RunSpec(**fields, run_dir=str(tmp_path / "run"), checkpoint_every="3", progress=False, auto_resume=True)
+    first = dtrain.run(train, spec, workers=2, backend="threads")[0]
+    again = dtrain.run(train, spec, workers=2, backend="threads")[0]
+    assert again["train_loss"] == first["train_loss"]
+    assert again["steps"] == first["steps"] == 6
 
 
 def test_curvature_at_the_end() -> None:

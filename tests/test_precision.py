@@ -128,7 +128,7 @@ def test_loss_scaling_is_agreed(backend: str) -> None:
     ("wrong", "said"),
     [
         ({"send_as": torch.float64}, "send_as is torch.float64"),
-        ({"send_as": torch.bfloat16, "update": "server"}, "servers take gradients as they are"),
+        ({"send_as": torch.bfloat16, "update": "server"}, "takes gradients as they are"),
     ],
 )
 def test_what_cannot_be_meant(wrong: dict[str, Any], said: str) -> None:

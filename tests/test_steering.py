@@ -13,9 +13,9 @@ from dtrain.comm.base import Backend
 from dtrain.errors import UsageError
 from dtrain.hooks import Hook, State
 from dtrain.largebatch import Rule, Setting, constant, cosine, steady, steps
-from dtrain.steering import AdaptBatch, Steer
+from dtrain.steering import AdaptBatch, NoiseScale, Steer
 from tests.conftest import BACKENDS, everywhere
-from tests.small import Job, differences, distance, fit, result_of, trainer_of
+from tests.small import Job, differences, distance, fit, mean_square, result_of, trainer_of
 
 GROWING = Job("dropout", count=216, global_batch=16, micro_batch=8, grow=56, optimizer="adam").with_config(steps=20)
 """Batches of 16, 32 and 56 samples, in mid-epoch, each epoch's last one ragged; dropout and batch norm."""
@@ -117,6 +117,59 @@ def test_one_sample_of_the_gradient_says_nothing(caplog: pytest.LogCaptureFixtur
     assert found["decisions"] == []
     assert found["global_batch"] == 16
     assert "not identifiable" in caplog.text
+
+
+def goes_back(comm: Backend) -> list[Any]:
+    """A hook that has measured, and goes back to a commit that knows nothing of it, beside a new one."""
+    found = []
+    for measured in (True, False):
+        trainer = trainer_of(comm, ADAPTING)
+        (hook,) = (hook for hook in trainer.hooks if isinstance(hook, AdaptBatch))
+        if measured:
+            trainer.fit()
+            assert hook.decisions
+        hook.restore(None)
+        trainer.state.step = trainer.state.samples = 0
+        hook.on_start(trainer.state)
+        assert hook._noise is not None
+        found.append((hook.saved(), trainer.optimizer.param_groups[0]["lr"]))
+    return found
+
+
+def test_going_back_to_before_the_first_measurement() -> None:
+    """Survivors of a loss are then as replacements are: the same rate, and nothing measured or decided."""
+    for survivor, replacement in dtrain.run(goes_back, workers=2, backend="threads"):
+        assert survivor == replacement
+        assert survivor[0]["decisions"] == []
+        assert survivor[0]["noise"]["rows"] == []
+
+
+def test_what_is_restored_but_not_begun_is_saved_again() -> None:
+    hook = NoiseScale()
+    hook.restore({"noise": {"count": 7}})
+    assert hook.saved() == {"noise": {"count": 7}}
+
+
+def two_that_steer(comm: Backend, kind: str) -> None:
+    job = PLAIN.but(halve_every=2) if kind == "scheduler" else PLAIN
+    trainer = trainer_of(comm, job)
+    course = steady(constant(), 16)
+    hooks = [*trainer.hooks, Steer(trainer.optimizer, course, samples=8)] if kind == "two" else trainer.hooks
+    dtrain.Trainer(
+        *(trainer.model, mean_square, trainer.optimizer, trainer.data),
+        comm=comm,
+        config=trainer.config,
+        hooks=[NoiseScale(), NoiseScale()] if kind == "saved" else hooks,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("scheduler", "so does the scheduler"), ("two", "so does Steer"), ("saved", "two hooks")]
+)
+def test_two_that_set_the_rate(kind: str, said: str) -> None:
+    """Or two hooks of which a checkpoint would keep one's state."""
+    with pytest.raises(UsageError, match=said):
+        dtrain.run(two_that_steer, kind, workers=1, backend="threads")
 
 
 class Seen(Hook):

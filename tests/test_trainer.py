@@ -748,7 +748,7 @@ def test_the_summary_counts_what_servers_keep(by_servers: list[dict[str, Any]]) 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"amp": "fp16"}, "servers do not scale losses"),
+        ({"amp": "fp16"}, "does not scale losses"),
         ({"norm_batch": 0, "update": "worker"}, "norm_batch is 0: a number of samples"),
         ({"norm_batch": "global", "staleness": 1}, "do not wait for each other"),
         ({"norm_batch": "global", "staleness": None}, "do not wait for each other"),

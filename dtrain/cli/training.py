@@ -73,6 +73,8 @@ class Train(RunSpec, _Run):
             raise UsageError(f"workers is {self.workers}: a job has at least one")
         if self.devices and backend != "threads":
             raise UsageError(f"--devices goes with --backend threads, not {backend}; see --device")
+        if self.devices and self.update != "worker":
+            raise UsageError(f"update is {self.update} with --devices, where the first device steps: leave one away")
         self.spec().check_loss(backend)
         plan = Plan(
             workers=self.workers,

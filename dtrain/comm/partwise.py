@@ -39,7 +39,7 @@ class PartSum:
             return
         self._work.wait()
         self._parts[self._rank].copy_(total(self._came.unbind()))
-        self._came = self._came[:0]
+        self._came = self._came.new_empty(0)
         self._over = True
 
 

@@ -36,7 +36,9 @@ def steady(schedule: Schedule, batch: int) -> Course:
     return lambda epochs: Setting(schedule(epochs), batch)
 
 
-def grow(schedule: Schedule, *, batch: int, max_batch: int, after: float = 0.0, multiple_of: int = 1) -> Course:
+def grow(
+    schedule: Schedule, *, batch: int, max_batch: int, after: float = 0.0, multiple_of: int = 1, jump: float = 1.0
+) -> Course:
     """The course that keeps the noise scale of a schedule, by a batch that grows while the rate stays.
 
     Where the schedule has fallen by k since `after`, the batch is k times `batch`, but no more than `max_batch`; what
@@ -49,6 +51,8 @@ def grow(schedule: Schedule, *, batch: int, max_batch: int, after: float = 0.0, 
         max_batch: most samples; about a tenth of the data set (section 5).
         after: epochs during which the schedule is left as it is: those of a warm-up.
         multiple_of: batches are multiples of this, such as workers times micro-batch; `max_batch` is rounded down.
+        jump: the batch grows by whole powers of this; between them the rate falls. For schedules that fall all the
+            time, which would change the batch at each step. 1: at any time.
 
     Raises:
         UsageError: a batch that is no multiple, or that is to shrink.
@@ -58,6 +62,8 @@ def grow(schedule: Schedule, *, batch: int, max_batch: int, after: float = 0.0, 
         raise UsageError(f"max_batch is {max_batch} and batch {batch}: give a batch to grow to")
     if multiple_of < 1 or batch % multiple_of:
         raise UsageError(f"multiple_of is {multiple_of}, and batch {batch} is no multiple of it")
+    if not 1 <= jump < math.inf:
+        raise UsageError(f"jump is {jump}: a factor, 1 or more")
     height = schedule(after)
     if not height > 0:
         raise UsageError(f"the schedule is {height} after {after} epochs: it has to begin above 0")
@@ -67,7 +73,10 @@ def grow(schedule: Schedule, *, batch: int, max_batch: int, after: float = 0.0, 
         factor = schedule(epochs)
         if epochs < after or factor >= height:
             return Setting(factor, batch)
-        wanted = batch * height / factor if factor > 0 else math.inf
+        fall = height / factor if factor > 0 else math.inf
+        if jump > 1 and fall < math.inf:
+            fall = jump ** math.floor(math.log(fall, jump) + 1e-9)
+        wanted = batch * fall
         grown = most if wanted >= most else max(batch, round(wanted / multiple_of) * multiple_of)
         return Setting(factor * grown / batch, grown)
 

@@ -59,6 +59,16 @@ def test_a_decay_becomes_growth_and_the_rest_is_rate() -> None:
     assert [s.factor for s in found] == pytest.approx([1, 1, 1, 1, 0.32])
 
 
+def test_a_smooth_schedule_grows_in_jumps() -> None:
+    """A cosine doubles the batch a few times; the rate makes up for the rest at every moment."""
+    course = grow(cosine(12), batch=8, max_batch=100, jump=2.0, multiple_of=4)
+    found = [course(t / 100) for t in range(1200)]
+    assert sorted({s.batch for s in found}) == [8, 16, 32, 64, 100]
+    assert all(s.factor / s.batch == pytest.approx(cosine(12)(t / 100) / 8) for t, s in enumerate(found))
+    fives = grow(SMITH, batch=128, max_batch=5120, jump=5.0)
+    assert [fives(t).batch for t in (0, 60, 120, 160)] == [128, 640, 3200, 5120]
+
+
 def test_hybrid() -> None:
     """Once the batch, then the rate."""
     course = grow(decay([30, 60, 80]), batch=8192, max_batch=81920)
@@ -102,6 +112,7 @@ def test_steps_of_a_batch_that_stays(samples: int, batch: int, epochs: int) -> N
         (lambda: grow(constant(), batch=0, max_batch=4), "batch is 0"),
         (lambda: grow(constant(), batch=8, max_batch=16, multiple_of=3), "multiple_of is 3"),
         (lambda: grow(cosine(2), batch=8, max_batch=16, after=3), "above 0"),
+        (lambda: grow(constant(), batch=8, max_batch=16, jump=0.5), "jump is 0.5"),
         (lambda: steady(constant(), 0), "batch is 0"),
     ],
 )
