@@ -151,9 +151,9 @@ def make_schedule(
     whole = loader.world_size * loader.micro_batch if loader.even else 1
     if spec.adapt_batch is not None:
         rule = largebatch.Rule(smallest=batch, largest=spec.adapt_batch, multiple_of=whole)
-        lr_rule = "adascale" if spec.lr_scaling == "none" else spec.lr_scaling
+        scaling = "adascale" if spec.lr_scaling == "none" else spec.lr_scaling
         hooks.append(
-            AdaptBatch(optimizer, rule, samples=samples, schedule=schedule, lr_rule=lr_rule, preconditioned=second)
+            AdaptBatch(optimizer, rule, samples=samples, schedule=schedule, lr_scaling=scaling, preconditioned=second)
         )
     else:
         course = largebatch.steady(schedule, batch)

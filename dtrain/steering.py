@@ -134,10 +134,10 @@ _UNMEASURED: dict[str, Any] = {"count": 0, "skipped": 0, "rows": []}
 class AdaptBatch(NoiseScale):
     """Lets the global batch follow the gradient noise scale, by a rule; each decision is logged with its reason.
 
-        hooks=[AdaptBatch(optimizer, Rule(largest=4096), samples=len(train), lr_rule="sqrt"), JsonLog(...)]
+        hooks=[AdaptBatch(optimizer, Rule(largest=4096), samples=len(train), lr_scaling="sqrt"), JsonLog(...)]
 
     Every so many steps the rule is asked (see `dtrain.largebatch.decide`); after a change the measurement begins anew.
-    The learning rate follows by `lr_rule` and a schedule of its own: give the Trainer no scheduler.
+    The learning rate follows by `lr_scaling` and a schedule of its own: give the Trainer no scheduler.
     """
 
     steers = True
@@ -149,7 +149,7 @@ class AdaptBatch(NoiseScale):
         *,
         samples: int,
         schedule: Schedule | None = None,
-        lr_rule: str = "adascale",
+        lr_scaling: str = "adascale",
         preconditioned: bool = False,
         ask_every: int = 20,
         every: int = 1,
@@ -161,21 +161,21 @@ class AdaptBatch(NoiseScale):
             rule: the batch that a noise scale asks for, and its bounds.
             samples: of the data set: those of an epoch.
             schedule: of the rate besides; None: constant.
-            lr_rule: `linear`, `sqrt` or `none` of (batch / first batch); `adascale`: the gain of AdaScale (Johnson et
-                al. 2020), which is between 1 and linear by the noise scale at the change.
+            lr_scaling: `linear`, `sqrt` or `none` of (batch / first batch); `adascale`: the gain of AdaScale (Johnson
+                et al. 2020), which is between 1 and linear by the noise scale at the change.
             preconditioned: measure the gradient as Adam divides it; the optimizer is one of that kind.
             ask_every: steps from one decision to the next.
             every, window: as of `dtrain.largebatch.GradientNoise`.
         """
         if ask_every < 1:
             raise UsageError(f"ask_every is {ask_every}: a number of steps, 1 or more")
-        if lr_rule not in (*RULES, "adascale"):
-            raise UsageError(f"lr_rule is {lr_rule!r}: one of adascale, {', '.join(RULES)}")
+        if lr_scaling not in (*RULES, "adascale"):
+            raise UsageError(f"lr_scaling is {lr_scaling!r}: one of adascale, {', '.join(RULES)}")
         super().__init__(every=every, window=window, optimizer=optimizer if preconditioned else None)
         self._rates = _Rates(optimizer, samples)
         self._rule = rule
         self._schedule = schedule or constant()
-        self._lr_rule = lr_rule
+        self._lr_scaling = lr_scaling
         self._ask_every = ask_every
         self._gain = 1.0
         self.decisions: list[dict[str, Any]] = []
@@ -206,11 +206,11 @@ class AdaptBatch(NoiseScale):
     def _change(self, state: State, decision: Decision, found: Estimate) -> None:
         before = state.global_batch
         state.resize(decision.batch)
-        if self._lr_rule == "adascale":
+        if self._lr_scaling == "adascale":
             noise = found.scale if found.identified else found.low
             self._gain *= adascale_gain(decision.batch / before, noise, base_batch=before)
         else:
-            self._gain *= scale(decision.batch, before, self._lr_rule)
+            self._gain *= scale(decision.batch, before, self._lr_scaling)
         self.decisions.append({"step": state.step, "batch": decision.batch, "reason": decision.reason})
         if state.first:
             log.warning("step %d: %s", state.step, decision.reason)

@@ -236,7 +236,7 @@ def test_what_cannot_be_meant() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     with pytest.raises(UsageError, match="samples is 0"):
         Steer(optimizer, steady(constant(), 8), samples=0)
-    with pytest.raises(UsageError, match="lr_rule is 'cubic'"):
-        AdaptBatch(optimizer, Rule(), samples=8, lr_rule="cubic")
+    with pytest.raises(UsageError, match="lr_scaling is 'cubic'"):
+        AdaptBatch(optimizer, Rule(), samples=8, lr_scaling="cubic")
     with pytest.raises(UsageError, match="ask_every is 0"):
         AdaptBatch(optimizer, Rule(), samples=8, ask_every=0)
