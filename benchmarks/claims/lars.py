@@ -114,7 +114,7 @@ def best(rows: Sequence[Row], net: str, optimizer: str) -> Case:
 def inside(rows: Sequence[Row], net: str, optimizer: str) -> bool:
     """Whether rates below and above the best one were tried."""
     found = [row["lr"] for row in pick(rows, net=net, optimizer=optimizer)]
-    return min(found) < best(rows, net, optimizer)["lr"] < max(found)
+    return bool(min(found) < best(rows, net, optimizer)["lr"] < max(found))
 
 
 def error(rows: Sequence[Row], net: str, optimizer: str) -> Interval:
@@ -150,7 +150,7 @@ def picture(rows: Sequence[Row], ink: Ink) -> Figure:
         f"{one['data']}, {one['samples']} images, {EPOCHS} epochs; base: SGD with batches of {BASE_BATCH}, the others: "
         f"{one['batch']}, each with its best rate; 95 % intervals over seeds"
     )
-    title = "In as few updates, LARS learns more than SGD, and LAMB more than Adam"
+    title = "In as few updates LARS learns more than SGD, but not what many small batches do"
     drawn, all_axes = slide(ink, title, note, panels=len(nets), sharex=True)
     colours = [ink("muted"), ink("run5"), ink("run0"), ink("run5"), ink("run1")]
     for axes, net in zip(all_axes, nets, strict=True):

@@ -116,12 +116,13 @@ def picture(rows: Sequence[Row], ink: Ink) -> Figure:
     batches = sorted({row["batch"] for row in own})
     found = [interval(values(own, "error", batch=batch)) for batch in batches]
     points(axes, batches, found, ink("run0"))
-    beside(axes, "linear", batches[-1], found[-1].mean, ink("run0"))
-    for rule, colour in (("sqrt", "run4"), ("none", "run1")):
+    beside(axes, "rate times k", batches[-1], found[-1].mean, ink("run0"))
+    for rule, colour, label in (("sqrt", "run4", "rate times root of k"), ("none", "run1", "same rate")):
         other = interval(values(rows, "error", part="error", rule=rule, batch=K * BASE))
-        points(axes, [K * BASE], [other], ink(colour), rule)
+        points(axes, [K * BASE], [other], ink(colour))
+        beside(axes, label, K * BASE, other.mean, ink(colour), left=True)
     powers(axes, batches)
-    axes.set_xlim(batches[0] / 1.3, batches[-1] * 3.2)
+    axes.set_xlim(batches[0] / 1.3, batches[-1] * 2)
     name(axes, "batch", "test error, %")
     return drawn
 

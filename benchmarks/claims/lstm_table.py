@@ -151,7 +151,7 @@ def picture(rows: Sequence[Row], ink: Ink) -> Figure:
     logarithmic(quality)
     name(quality, "batch, pieces", "test perplexity")
     for axes in (speed, space, quality):
-        powers(axes, batches if len(batches) < 4 else batches[::2])
+        powers(axes, batches)
     return drawn
 
 

@@ -3,10 +3,13 @@
 A small network without batch norm on 8192 images of Fashion-MNIST, 14x14 pixels, SGD with momentum 0.9, batches of 256
 at 8 times the rate of batches of 32: at once, or after a gradual warm-up from the rate of the small batch over 64
 updates. What is looked at is the loss of each of the first 96 batches. A run counts as lost where the last of them is
-no better than guessing. Each seed trains five networks.
+no better than guessing. Each seed trains five networks: with three in all, at a rate of 0.07, nothing could be told,
+as one without warm-up diverged and the two others were as good as those with it.
 
 In the paper, ResNet-50 at 8192 samples ends with 24.8 % without warm-up and with 23.7 % after a gradual one. With batch
 norm the beginning is harmless at this scale (`linear_scaling.py`).
+
+Quick: the same, as fewer runs tell nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ WAYS = ("gradual warm-up", "no warm-up")
 
 
 def cases(quick: bool) -> list[Case]:
-    return [{"case": way, "warm": way == WAYS[0], "networks": 3 if quick else NETWORKS} for way in WAYS]
+    del quick  # fewer runs tell nothing
+    return [{"case": way, "warm": way == WAYS[0], "networks": NETWORKS} for way in WAYS]
 
 
 def measure(case: Case, seed: int, place: Place) -> list[Row]:

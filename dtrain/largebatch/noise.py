@@ -4,6 +4,9 @@ SGD with learning rate ε, momentum m and batches of B out of N samples behaves 
 force has strength g = ε / (1 − m) · (N / B − 1) (sections 4 and 5; for N ≫ B: ε N / (B (1 − m))). Runs with the same g
 and small enough ε end alike: what changes one of ε, B, m, N can be made up for by another.
 
+That is of batches drawn independently. With one shuffle per epoch, as a `Loader` has it, the noise of the batches of an
+epoch cancels: around a minimum that is well determined it shakes much less (benchmarks/claims/noise_scale.py).
+
 Not to be confused with the gradient noise scale, which is a property of model and data and says how large a batch pays
 (`dtrain.largebatch.GradientNoise`).
 """
