@@ -167,6 +167,7 @@ SCRIPTS = {
     "norm": Script("Kinds of batch norm", _norm),
     "norm_batch": Script("Test error by norm batch", _norm_batch, _draw_norm_batch),
     "meter": Script("What measuring costs", _meter),
+    "noise": Script("What the gradient noise scale costs"),
     "memory": Script("Memory of a step"),
     "predict": Script("Predicted step times", hosts=True),
     "published": Script("Published scaling", _published),

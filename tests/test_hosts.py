@@ -114,7 +114,8 @@ def test_a_failure_names_the_process_and_ends_the_others():
 
 
 OWNER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 sys.path.insert(0, sys.argv[1])
 import hosts
 with hosts.hosts(2, rate="1gbit") as h:

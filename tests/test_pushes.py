@@ -638,10 +638,10 @@ def misuse(comm: Backend, folder: Path) -> Any:
         return square(model, batch(10 * step + comm.rank))
 
     assert replica.publish() is None
-    found["step before"] = refused("the servers step", optimizer.step)
+    found["step before"] = refused("steps are made elsewhere", optimizer.step)
     replica.backward(loss(0), samples=4)
     assert all(p.grad is None for p in model.parameters())
-    found["step"] = refused("the servers step", optimizer.step)
+    found["step"] = refused("steps are made elsewhere", optimizer.step)
     found["twice"] = refused("a backward before publish()", lambda: replica.backward(loss(0), samples=4))
     found["twice, micro-batch"] = refused(
         "a backward before publish()", lambda: replica.backward(loss(0), samples=4, sync=False)
@@ -654,7 +654,7 @@ def misuse(comm: Backend, folder: Path) -> Any:
     found["state"] = refused("call publish() first", replica.pushes.optimizer_state)
     found["look"] = refused("look_for_nonfinite", replica.look_for_nonfinite)
     replica.publish()
-    found["step after"] = refused("the servers step", optimizer.step)
+    found["step after"] = refused("steps are made elsewhere", optimizer.step)
     loss(1).backward()
     replica.publish()
     collectives.barrier(comm)
@@ -693,7 +693,7 @@ def what_servers_cannot_do(comm: Backend, folder: Path) -> Any:
     found["total"] = refused("without total=", lambda: replica.backward(square(model, batch(0)), samples=4))
     other = mlp()
     second = tie(comm, other)
-    found["displaced"] = refused("another model's parameters", lambda: replica.backward(square(model, batch(0))))
+    found["displaced"] = refused("another model is kept", lambda: replica.backward(square(model, batch(0))))
     second.backward(square(other, batch(comm.rank)))
     second.publish()
     collectives.barrier(comm)

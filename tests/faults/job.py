@@ -60,6 +60,11 @@ class Job:
     def err(self) -> str:
         return self._err.read_text()
 
+    @property
+    def alarms(self) -> str:
+        """What it said but the line that every run begins with."""
+        return "".join(line for line in self.err.splitlines(True) if not line.startswith("dtrain: global batch "))
+
     def running(self) -> list[psutil.Process]:
         """Every process that this job has started, orphans too; forked ones have the token for a name."""
         found = []

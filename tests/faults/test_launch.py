@@ -230,4 +230,4 @@ def test_what_a_worker_has_started_ends_too(folder: Path, whom: str):
 def test_a_job_that_ends_well_leaves_nothing(folder: Path, backend: str):
     with started(folder, [*victims(backend, folder, 2), "--steps", "4"]) as job:
         assert job.ends(30) == 0
-        assert job.err == ""
+        assert job.alarms == ""

@@ -59,7 +59,7 @@ def undisturbed(folder: Path, *more: str) -> dict[str, torch.Tensor]:
     """What the same run without a fault ends with."""
     with forked(folder, *train(folder, *more)) as job:
         assert job.ends(60) == 0, job.err
-        assert job.err == ""
+        assert job.alarms == ""
     return weights(folder)
 
 
@@ -304,7 +304,7 @@ def test_a_worker_that_was_stopped_for_a_moment(tmp_path: Path, oracle):
         time.sleep(1.0)
         os.kill(job.pids()["worker 1"][0], signal.SIGCONT)
         assert job.ends(MENDED_S) == 0
-        assert job.err == ""
+        assert job.alarms == ""
         same_bits(weights(tmp_path), oracle())
 
 
