@@ -24,7 +24,7 @@ from dtrain.comm.hosts import HostedBucket, StepReport
 from dtrain.errors import UsageError
 from dtrain.optim import BLOCK, Layerwise
 from dtrain.ps.optimizers import decode_hyper, hyper, spec_of
-from dtrain.ps.pieces import Piece, cut, numbering
+from dtrain.ps.pieces import Piece, cut, whole_pieces
 from dtrain.ps.states import merge_states, split_state
 from dtrain.ps.update import ShardOptimizer
 from dtrain.tables import table
@@ -84,18 +84,7 @@ class Sharded:
         self._spec = spec_of(update.optimizer)
         if self._spec.whole:
             raise UsageError(f"{self._spec.name} needs whole tensors, and workers keep parts: give update='worker'")
-        numbers = numbering(update.optimizer, model)
-        self._like = {numbers[name][0]: p for name, p in model if name in numbers}
-        missing = [name for bucket in buckets for name, _ in bucket.named if name not in numbers]
-        if missing:
-            raise UsageError(f"{missing[0]} is trained, and the optimizer does not have it: add it, or freeze it")
-        self._pieces = [
-            [
-                Piece(*numbers[name], 0, p.numel(), tuple(p.shape), None if p.is_contiguous() else p.stride())
-                for name, p in bucket.named
-            ]
-            for bucket in buckets
-        ]
+        self._like, self._pieces = whole_pieces(update.optimizer, [bucket.named for bucket in buckets], model)
         self._mine = [self._shard(bucket, comm.rank) for bucket in range(len(buckets))]
         self._optimizers = [
             ShardOptimizer(self._spec, mine.pieces, bucket.values[mine.where]) if mine.pieces else None
@@ -212,7 +201,7 @@ class Sharded:
             if self._comm.rank == 0:
                 whole = split_state(state, self._pieces[bucket], self._like)
                 first = {f"{i}/{key}": t.clone() for i, kept in enumerate(whole) for key, t in kept.items()}
-            data = collectives.gather_bytes(self._comm, save_tensors(first) if first else b"", "metric/state")[0]
+            data = collectives.broadcast_bytes(self._comm, save_tensors(first) if first else b"", "metric/state")
             if optimizer is None:
                 continue
             wholes = _by_piece(load_tensors(data) if data else {}, len(self._pieces[bucket]))

@@ -58,6 +58,17 @@ def gather_bytes(comm: Backend, data: bytes, key: str = "metric/gather") -> list
     return [bytes(row[:size].numpy()) for row, size in zip(table, sizes, strict=True)]
 
 
+def broadcast_bytes(comm: Backend, data: bytes, key: str = "metric/broadcast") -> bytes:
+    """Worker 0's bytes, of any length, on every worker; what the others give is not looked at."""
+    size = torch.tensor([len(data)])
+    broadcast(comm, [size], key)
+    flat = torch.zeros(int(size), dtype=torch.uint8)
+    if comm.rank == 0 and data:
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    broadcast(comm, [flat], key)
+    return flat.numpy().tobytes()
+
+
 def sum_numbers(comm: Backend, numbers: Sequence[float], key: str = "metric/sum") -> list[float]:
     """Element-wise sum over workers, in float64."""
     flat = torch.tensor(list(numbers), dtype=torch.float64)

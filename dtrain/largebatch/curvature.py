@@ -175,7 +175,7 @@ class LossSurface:
         else:
             while self._answer(_STOP) is not None:
                 pass
-        return trees.loads(_first_bytes(self.comm, data), "what worker 0 found")
+        return trees.loads(collectives.broadcast_bytes(self.comm, data, _KEY), "what worker 0 found")
 
     def _answer(self, kind: int, vector: Tensor | None = None) -> tuple[float, Tensor] | None:
         """What worker 0 asks for within `led`; the others' arguments do not count. None: it asks no more."""
@@ -337,14 +337,3 @@ def _same_numbers() -> Iterator[None]:
         yield
     finally:
         generators.set_state(state)
-
-
-def _first_bytes(comm: Backend, data: bytes) -> bytes:
-    """Worker 0's bytes, on every worker."""
-    size = torch.tensor([len(data)])
-    collectives.broadcast(comm, [size], _KEY)
-    flat = torch.zeros(int(size), dtype=torch.uint8)
-    if comm.rank == 0:
-        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    collectives.broadcast(comm, [flat], _KEY)
-    return flat.numpy().tobytes()

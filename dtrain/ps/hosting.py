@@ -24,7 +24,7 @@ from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.link import Link, Take, copy_into
 from dtrain.ps.optimizers import hyper, spec_of
 from dtrain.ps.outbox import window_bytes
-from dtrain.ps.pieces import Piece, chunks, cut, numbering
+from dtrain.ps.pieces import Piece, chunks, cut, whole_pieces
 from dtrain.ps.placement import Range, grain, place, table
 from dtrain.ps.states import merge_states, split_state
 from dtrain.ps.wire import Answer, Closed
@@ -49,11 +49,7 @@ class Hosting:
         self._update = update
         self._optimizer = update.optimizer
         spec = spec_of(update.optimizer)
-        numbers = numbering(update.optimizer, model)
-        self._like = {numbers[name][0]: p for name, p in model if name in numbers}
-        missing = [name for bucket in buckets for name, _ in bucket.named if name not in numbers]
-        if missing:
-            raise UsageError(f"{missing[0]} is trained, and the optimizer does not have it: add it, or freeze it")
+        self._like, pieces = whole_pieces(update.optimizer, [bucket.named for bucket in buckets], model)
         sizes = [[p.numel() for _, p in bucket.named] for bucket in buckets]
         total = sum(map(sum, sizes))
         links = comm.links
@@ -76,13 +72,6 @@ class Hosting:
         )
         whole = Layout(self._rules, spec, ()).whole
         self._placement = place(sizes, itemsizes, len(links), whole=whole, step=self._rules.grain)
-        pieces = [
-            [
-                Piece(*numbers[name], 0, p.numel(), tuple(p.shape), None if p.is_contiguous() else p.stride())
-                for name, p in b.named
-            ]
-            for b in buckets
-        ]
         self._layouts = [Layout(self._rules, spec, self._ranges_of(link.server, pieces)) for link in links]
         self._used = [
             link

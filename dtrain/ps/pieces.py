@@ -54,6 +54,36 @@ def numbering(optimizer: Optimizer, named: Iterable[tuple[str, Parameter]]) -> d
     return found
 
 
+def whole_pieces(
+    optimizer: Optimizer,
+    buckets: Iterable[Sequence[tuple[str, Parameter]]],
+    model: Iterable[tuple[str, Parameter]],
+) -> tuple[dict[int, Parameter], list[list[Piece]]]:
+    """The optimizer's parameters by number, and the parameters of each bucket, uncut.
+
+    Args:
+        buckets: of each, what is trained, by name.
+        model: all parameters, by name.
+
+    Raises:
+        UsageError: the optimizer lacks a parameter that is trained, or has one that is not the model's.
+    """
+    model = list(model)
+    numbers = numbering(optimizer, model)
+    pieces = []
+    for named in buckets:
+        for name, _ in named:
+            if name not in numbers:
+                raise UsageError(f"{name} is trained, and the optimizer does not have it: add it, or freeze it")
+        pieces.append(
+            [
+                Piece(*numbers[name], 0, p.numel(), tuple(p.shape), None if p.is_contiguous() else p.stride())
+                for name, p in named
+            ]
+        )
+    return {numbers[name][0]: p for name, p in model if name in numbers}, pieces
+
+
 def cut(pieces: Iterable[Piece], start: int, stop: int) -> list[Piece]:
     """What lies between two places, in elements, of pieces laid side by side; nothing empty."""
     found, offset = [], 0
