@@ -135,7 +135,7 @@ def test_a_claim_from_its_cases_to_its_record(example: ModuleType, tmp_path: Pat
     said = capsys.readouterr()
     found = json.loads(record.read_text(encoding="utf-8"))
     where = [(row["case"], row["seed"], row["workers"]) for row in found["rows"]]
-    assert where == [("many", 1000, 2), ("many", 1001, 2), ("few", 1000, 2), ("few", 1001, 2)]
+    assert where == [(case, claim.FIRST_SEED + k, 2) for case in ("many", "few") for k in (0, 1)]
     assert all(row["no number"] is None and row["threads"] == 1 for row in found["rows"])
     assert found["verdict"] == "holds partly"
     assert [check["met"] for check in found["checks"]] == [True, False]
@@ -159,7 +159,8 @@ def test_a_script_in_processes_of_its_own_measures_the_same(example: ModuleType,
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(record.read_text(encoding="utf-8"))["rows"]
-    assert rows == claim.collect(example.CLAIM, example.cases(False), [1000, 1001], claim.Place(), 1)[0]
+    seeds = [claim.FIRST_SEED, claim.FIRST_SEED + 1]
+    assert rows == claim.collect(example.CLAIM, example.cases(False), seeds, claim.Place(), 1)[0]
 
 
 def test_flags_that_cannot_be_meant_are_refused(capsys: pytest.CaptureFixture[str]):

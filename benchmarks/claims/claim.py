@@ -56,7 +56,7 @@ Case = dict[str, Any]
 Ink = pictures.Ink
 """The colour of a name: `ink("run0")`; see the report's style.css."""
 
-FIRST_SEED = 1000
+FIRST_SEED = 7000
 CONFIDENCE = 0.95
 TIMEOUT_S = 600.0
 """Longest wait of a worker for the others, which may take turns."""

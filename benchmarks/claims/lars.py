@@ -170,6 +170,7 @@ CLAIM = Claim(
     measure=measure,
     judge=judge,
     picture=picture,
+    seeds=5,
 )
 
 if __name__ == "__main__":
