@@ -62,10 +62,15 @@ def target(text: str) -> Path:
 
 def save(kind: str, rows: Sequence[Row], file: Path | None) -> None:
     """The picture of a script's rows, in a file; nothing without one."""
+    save_drawn(KINDS[kind].draw, rows, file)
+
+
+def save_drawn(draw: Callable[[Sequence[Row], Ink], Figure], rows: Sequence[Row], file: Path | None) -> None:
+    """What `draw` makes of rows, in a file; nothing without one."""
     if file is None:
         return
     with _on_paper() as ink:
-        drawn = KINDS[kind].draw(rows, ink)
+        drawn = draw(rows, ink)
         drawn.savefig(file, dpi=200, facecolor=ink("surface"), bbox_inches="tight", pad_inches=0.1)
 
 

@@ -327,8 +327,7 @@ def conclude(claim: Claim, rows: Sequence[Row], arguments: argparse.Namespace) -
     """Say and draw what came out."""
     verdict = claim.judge(rows)
     print(f"{claim.number}. {claim.title} ({claim.source})", verdict, sep="\n")
-    pictures.KINDS[claim.name] = pictures.Kind(claim.title, claim.picture)
-    pictures.save(claim.name, rows, arguments.picture)
+    pictures.save_drawn(claim.picture, rows, arguments.picture)
     return verdict
 
 
