@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,36 +15,42 @@ from torch.utils.hooks import RemovableHandle
 
 from dtrain.errors import UsageError
 
-_PLAIN, _ROW = 2**16, 2**12  # numbers
+_CHUNK = 2**16  # numbers: few enough for float32 to add up, and for a core's cache
 _EXACT = (torch.float32, torch.float64)
 
 
-def norm(tensor: Tensor) -> Tensor:
-    """The Euclidean norm: a scalar of float32, or of float64 for a tensor of that; right to about 1e-6.
+Square = float | Tensor
+"""A sum of squares; where a GPU computes it, a scalar there, which is not waited for yet."""
+
+
+def square(tensor: Tensor) -> Square:
+    """The sum of squares, right to about 1e-6; to 3e-4 where all numbers are one and the same.
 
     The difference of two that are nearly equal matters, and on a processor torch's own norm is off by 5e-4 for 10^7
-    numbers: of many, rows are summed each for itself.
+    numbers, and takes twice as long as products of chunks.
     """
-    if tensor.is_cuda or tensor.numel() <= _PLAIN:
-        found: Tensor = torch.linalg.vector_norm(tensor, dtype=None if tensor.dtype in _EXACT else torch.float32)
-        return found
+    if tensor.is_cuda:
+        norm: Tensor = torch.linalg.vector_norm(tensor, dtype=None if tensor.dtype in _EXACT else torch.float32)
+        return norm.double().square()
+    flat = _flat(tensor)
+    if flat.numel() <= _CHUNK:
+        return torch.dot(flat, flat).item()
+    return math.fsum(torch.dot(chunk, chunk).item() for chunk in flat.split(_CHUNK))
+
+
+def squares(tensors: Sequence[Tensor]) -> Sequence[Square]:
+    """`square` of each; on a GPU by one call, if all are there."""
+    if tensors and all(tensor.is_cuda and tensor.dtype in _EXACT for tensor in tensors):
+        return torch._foreach_pow(torch._foreach_norm(list(tensors)), 2)
+    return [square(tensor) for tensor in tensors]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """In one dimension, in float32 or float64."""
     if not tensor.is_contiguous():  # the order does not matter, so take that of memory
         tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    flat = tensor.reshape(-1)
-    if flat.dtype not in _EXACT:
-        flat = flat.float()
-    rows = flat.numel() // _ROW
-    parts = torch.linalg.vector_norm(flat[: rows * _ROW].view(rows, _ROW), dim=1)
-    rest = flat[rows * _ROW :]
-    return (torch.dot(parts, parts) + torch.dot(rest, rest)).sqrt()
-
-
-def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each. Those that torch's own is good enough for take one call together."""
-    simple = [t.dtype in _EXACT and (t.is_cuda or t.numel() <= _PLAIN) for t in tensors]
-    together = [t for t, is_simple in zip(tensors, simple, strict=True) if is_simple]
-    found = iter(torch._foreach_norm(together) if together else ())
-    return [next(found) if is_simple else norm(t) for t, is_simple in zip(tensors, simple, strict=True)]
+    flat = tensor.view(-1)
+    return flat if flat.dtype in _EXACT else flat.float()
 
 
 class SecondMoments:
@@ -65,72 +72,84 @@ class SecondMoments:
         """Whether there are any yet: the first step makes them."""
         return any("exp_avg_sq" in state for state in self._state.values())
 
-    def divide(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
-        """The gradient over sqrt(v / (1 - beta2^t)) + eps; None for a parameter without v."""
+    def square(self, parameter: Tensor, gradient: Tensor) -> Square | None:
+        """`square` of the gradient over sqrt(v / (1 - beta2^t)) + eps; None for a parameter without v."""
         state = self._state.get(parameter, {})
         if "exp_avg_sq" not in state:
             return None
         group = self._group[parameter]
         v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-        made = torch.as_tensor(state["step"], dtype=torch.float64)  # on its device, which need not be waited for
-        unbiased = v / (1 - group["betas"][1] ** made)
-        divided: Tensor = gradient / unbiased.sqrt_().add_(group["eps"])
-        return divided
+        if gradient.is_cuda:
+            made = torch.as_tensor(state["step"], dtype=torch.float64)  # on its device, which need not be waited for
+            return square(gradient / (v / (1 - group["betas"][1] ** made)).sqrt_().add_(group["eps"]))
+        if gradient.stride() != v.stride():
+            gradient = gradient.expand_as(v).contiguous()
+            v = v.contiguous()
+        rest = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
+        sums = []  # sqrt(v / rest²) + eps = (sqrt(v) + eps rest) / rest
+        for numbers, below in zip(_flat(gradient).split(_CHUNK), _flat(v).split(_CHUNK), strict=True):
+            divided = below.sqrt().add_(group["eps"] * rest)
+            torch.div(numbers, divided, out=divided)
+            sums.append(torch.dot(divided, divided).item())
+        return math.fsum(sums) * rest**2
 
 
 @dataclass
 class Piece:
-    """Norms of the gradients of one micro-batch. Hooks hold this, and not the model."""
+    """Squares of the gradients of one micro-batch. Hooks hold this, and not the model."""
 
     parameters: Sequence[Parameter]
     second: SecondMoments | None
-    norms: dict[int, Tensor] = field(default_factory=dict)
+    squares: dict[int, Square] = field(default_factory=dict)
     """By position of the parameter."""
     twice: bool = False
     """Whether a parameter got two gradients in one backward, whose sum is not known."""
 
     def see(self, index: int, gradient: Tensor) -> None:
         """A parameter gets this gradient."""
-        if index in self.norms:
+        if index in self.squares:
             self.twice = True
         if gradient.layout is not torch.strided:
             return  # Replica refuses it, with a better word
         if gradient.requires_grad:
             gradient = gradient.detach()
-        if self.second is None:
-            self.norms[index] = norm(gradient)
-        else:
-            divided = self.second.divide(self.parameters[index], gradient)
-            if divided is not None:
-                self.norms[index] = norm(divided)
+        found = square(gradient) if self.second is None else self.second.square(self.parameters[index], gradient)
+        if found is not None:
+            self.squares[index] = found
 
     def see_all(self, gradients: Sequence[Tensor | None]) -> None:
         """Parameters have these gradients."""
         present = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
         if self.second is None:
-            self.norms = dict(zip(present, norms(list(present.values())), strict=True))
+            self.squares = dict(zip(present, squares(list(present.values())), strict=True))
             return
         for index, gradient in present.items():
             self.see(index, gradient)
 
     def take(self, weight: float) -> list[Weighted]:
         """What was seen since the last time, if it has a weight."""
-        seen, self.norms = self.norms, {}
+        seen, self.squares = self.squares, {}
         if not seen or not weight:
             return []
-        device = next(iter(seen.values())).device
-        return [Weighted(weight, list(seen), torch.stack([n.to(device) for n in seen.values()]))]
+        return [Weighted(weight, list(seen), list(seen.values()))]
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """Norms, not yet fetched from their device: that would mean to wait for it."""
+    """Squares of a piece, or of the mean."""
 
     weight: float
     members: Sequence[int]
     """Positions of the parameters."""
-    norms: Tensor
-    """(members,) float32 or float64."""
+    squares: Sequence[Square]
+
+    def numbers(self) -> list[float]:
+        """The squares, fetched from where they are at once."""
+        there = [square for square in self.squares if isinstance(square, Tensor)]
+        if not there:
+            return [float(square) for square in self.squares]
+        fetched = iter(torch.stack([square.to(there[0].device) for square in there]).tolist())
+        return [next(fetched) if isinstance(square, Tensor) else square for square in self.squares]
 
 
 @dataclass(frozen=True)
@@ -154,8 +173,8 @@ class Measured:
         sums = [[0.0] * num_groups, [0.0] * num_groups]
         for part, to in ((self.own, sums[0]), (self.mean, sums[1])):
             for seen in part:
-                for member, value in zip(seen.members, seen.norms.tolist(), strict=True):
-                    to[groups[member]] += seen.weight * value * value
+                for member, value in zip(seen.members, seen.numbers(), strict=True):
+                    to[groups[member]] += seen.weight * value
         return [float(self.pieces), self.samples, float(self.spoilt), *sums[0], *sums[1]]
 
 

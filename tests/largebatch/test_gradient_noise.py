@@ -20,7 +20,7 @@ from dtrain.comm.base import Backend
 from dtrain.comm.solo import Solo
 from dtrain.errors import DataError, UsageError
 from dtrain.largebatch.gradient_noise import Estimates, GradientNoise, one_group
-from dtrain.largebatch.gradient_squares import norm, norms
+from dtrain.largebatch.gradient_squares import SecondMoments, square, squares
 from dtrain.largebatch.noise_estimate import Sums, estimate
 from dtrain.recipes.data import TensorData
 from dtrain.replica import replicate
@@ -522,7 +522,7 @@ def test_it_finds_the_noise_scale_of_a_network_on_its_training_set():
     assert math.isclose(1 / of_source, 1 / found.scale - 1 / 400, rel_tol=1e-9)
 
 
-# --- norms
+# --- squares
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,6 @@ def test_it_finds_the_noise_scale_of_a_network_on_its_training_set():
         lambda: torch.randn(64, 64, 7, 7).to(memory_format=torch.channels_last),
         lambda: torch.randn(300, 700).t(),
         lambda: torch.randn(600, 700)[:, ::2],
-        lambda: torch.randn(1).expand(1000, 200),
         lambda: torch.randn(200_000).half(),
         lambda: torch.randn(200_000, dtype=torch.float64),
         lambda: torch.randn(2**16),
@@ -541,17 +540,50 @@ def test_it_finds_the_noise_scale_of_a_network_on_its_training_set():
         lambda: torch.randn(0, 3),
     ],
 )
-def test_norms_are_right_to_the_last_digits(make: Callable[[], Tensor]):
+def test_squares_are_right_to_the_last_digits(make: Callable[[], Tensor]):
     torch.manual_seed(0)
     tensor = make()
-    exact = tensor.double().square().sum().sqrt().item()
-    for found in (norm(tensor), *norms([tensor, tensor, torch.ones(2)])[:2]):
-        assert math.isclose(found.item(), exact, rel_tol=4e-6 if tensor.dtype != torch.float64 else 1e-13)
-        assert found.dim() == 0
+    exact = tensor.double().square().sum().item()
+    for found in (square(tensor), *squares([tensor, tensor, torch.ones(2)])[:2]):
+        assert math.isclose(float(found), exact, rel_tol=4e-6 if tensor.dtype != torch.float64 else 1e-13)
+
+
+def test_squares_of_one_number_again_and_again():
+    """Each addition is rounded the same way, which is the worst there is."""
+    for value in torch.rand(20, generator=torch.Generator().manual_seed(0)):
+        found = float(square(value.expand(1000, 200)))
+        assert math.isclose(found, 200_000 * value.item() ** 2, rel_tol=3e-4)
 
 
 def test_a_plain_norm_would_not_do():
-    """Why `norm` sums in rows: the reason goes when this fails."""
+    """Why `square` sums in chunks: the reason goes when this fails."""
     tensor = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
     exact = tensor.double().norm().item()
     assert abs(torch.linalg.vector_norm(tensor).item() / exact - 1) > 1e-5
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_for_adam_divide_as_its_step_does(dtype: torch.dtype, amsgrad: bool):
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((), (0, 2), (400, 410), (2, 3, 5, 5))]
+    parameters[3].data = parameters[3].data.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(parameters, lr=0.1, betas=(0.9, 0.98), eps=1e-3, amsgrad=amsgrad)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.randn_like(p) * 1e-2
+        optimizer.step()
+    second = SecondMoments(optimizer)
+    for p in parameters:
+        state = optimizer.state[p]
+        v = state["max_exp_avg_sq" if amsgrad else "exp_avg_sq"].double() / (1 - 0.98**3)
+        for gradient in (
+            torch.randn_like(p),
+            torch.randn(p.shape, dtype=dtype),
+            torch.randn((), dtype=dtype).expand(p.shape),
+        ):
+            exact = (gradient.double() / (v.sqrt() + 1e-3)).square().sum().item()
+            found = second.square(p, gradient)
+            assert found is not None
+            assert math.isclose(float(found), exact, rel_tol=1e-6 if dtype == torch.float32 else 1e-13)
+    assert second.square(nn.Parameter(torch.ones(2)), torch.ones(2)) is None
