@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from dtrain.errors import UsageError
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types by the names that `amp` and `send_as` give them."""
 
 
 @dataclass(frozen=True, kw_only=True)

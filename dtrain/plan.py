@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dtrain.errors import UsageError
 from dtrain.measure import advice
 from dtrain.measure.hardware import Link
-from dtrain.measure.predict import INTERVAL, Prediction, Setting, predict
+from dtrain.measure.predict import INTERVAL, Prediction, Setting, link_name, predict
 from dtrain.measure.profile import Profile
 from dtrain.measure.step import Place
 from dtrain.probe import DISTURBED
@@ -46,7 +46,7 @@ class Wanted:
     """Between hosts; None: as measured here."""
     sockets: bool = False
     """ps through sockets on one host too."""
-    update: Literal["worker", "server"] = "worker"
+    update: Literal["worker", "server", "sharded"] = "worker"
     """Who steps the optimizer."""
     norm: Literal["worker", "global"] = "worker"
     """Whose statistics batch norm uses."""
@@ -63,6 +63,8 @@ class Wanted:
             raise UsageError(
                 f"--backends has {', '.join(wrong) or 'none'}: only {' and '.join(BACKENDS)} can be planned"
             )
+        if self.update == "sharded" and self.backends != ("allreduce",):
+            raise UsageError("--update sharded is planned over all-reduce: give --backends allreduce")
         if self.batches and self.global_batch is not None:
             raise UsageError("--batches is for each worker and --global-batch for all together: give one of them")
 
@@ -144,6 +146,10 @@ def about(profile: Profile, wanted: Wanted) -> list[str]:
         "beside": "Each worker on a host of its own, like this one; servers beside workers.",
     }[wanted.place]
     lines = [f"{profile.recipe}, {profile.parameters / 1e6:.3g} M parameters, on {profile.device}. {where}"]
+    if profile.send_as != "same":
+        lines.append(f"Gradients travel as {profile.send_as}.")
+    if wanted.update == "sharded":
+        lines.append("Each worker keeps a part of the optimizer's state, and steps that part for all.")
     used = [wanted.link] if wanted.link else [profile.links[name] for name in _used(wanted) if name in profile.links]
     for link in used:
         rate = f"{link.bytes_per_s / 1e9:.3g} GB/s" + (" in all" if link.shared else " each way")
@@ -159,7 +165,7 @@ def about(profile: Profile, wanted: Wanted) -> list[str]:
 
 
 def _used(wanted: Wanted) -> list[str]:
-    return ["ps sockets" if b == "ps" and wanted.sockets else b for b in wanted.backends]
+    return [link_name(backend, sockets=wanted.sockets, update=wanted.update) for backend in wanted.backends]
 
 
 def text(found: Sequence[Prediction]) -> str:

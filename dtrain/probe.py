@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, Work
 from dtrain.comm.solo import Solo
-from dtrain.config import TrainConfig
+from dtrain.config import HALVES, TrainConfig
 from dtrain.data import Loader, to_device
 from dtrain.errors import UsageError
 from dtrain.jobs import run as run_job
@@ -110,7 +110,7 @@ def probe(
     found = {}
     for name in links:
         say(f"messages over {name}")
-        found[name] = measure_link(name, effort.link_s)
+        found[name] = measure_link(name, effort.link_s, dtype=HALVES.get(spec.send_as, torch.float32))
     lines = {name: _line(sizes, [[s[name] for s in steps[b]] for b in sizes]) for name in PHASES}
     totals = {b: [sum(s[name] for name in PHASES) for s in steps[b]] for b in sizes}
     disturbed = max(1.0, statistics.median(_disturbed(steps[b]) for b in sizes)) if threads == 1 else 1.0
@@ -125,6 +125,7 @@ def probe(
         doubt=doubt,
         buckets=buckets,
         packed=packed,
+        send_as=spec.send_as,
         norms=_norms(recipe.model),
         cores=everything,
         threads=threads,
@@ -197,7 +198,8 @@ class _Subject:
 
     def _tie(self, *, packs: bool) -> None:
         self._recorder = _Recorder(self._clock.now, packs=packs)
-        self._replica = replicate(self.model, self._recorder, bucket_mb=self._spec.bucket_mb)
+        send_as = HALVES.get(self._spec.send_as)
+        self._replica = replicate(self.model, self._recorder, bucket_mb=self._spec.bucket_mb, send_as=send_as)
 
     def step(self, samples: int) -> dict[str, Any]:
         """One step: seconds of each phase, and of each message its key, bytes and seconds since backward began."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtrain.config import HALVES
 from dtrain.data import Loader, to_device
 from dtrain.measure.footprint import Loss, footprint
 from dtrain.measure.memory import Footprint, largest_micro_batch, parse_bytes, process_bytes, show
@@ -65,12 +66,13 @@ class Room:
         }
 
 
-def room(spec: RunSpec, memory: str, *, packs: bool) -> Room:
+def room(spec: RunSpec, memory: str, *, packs: bool, workers: int = 1) -> Room:
     """Look at a run's model on this worker's device; its layers as they are before `norm.convert`.
 
     Args:
         memory: what a worker has, such as `24GiB`.
         packs: whether the backend takes all gradients in buckets, as `ps` does.
+        workers: who share the optimizer's state, with update=sharded.
 
     Raises:
         UsageError: a size, a recipe or an option that cannot be meant; not even one sample fits.
@@ -90,7 +92,9 @@ def room(spec: RunSpec, memory: str, *, packs: bool) -> Room:
         to_device(batch, device),
         recipe.optimizer,
         update=spec.update,
+        shards=workers,
         packs=packs,
+        send_as=HALVES.get(spec.send_as),
         messages={"bucket_bytes": int(spec.bucket_mb * 2**20)},
     )
     made = Room(memory_bytes=memory_bytes, process_bytes=max(0, taken_bytes), footprint=found)

@@ -109,6 +109,13 @@ def score_run(profile: Profile, folder: Path) -> Score:
     backend = config.get("backend")
     if backend not in (*BACKENDS, "solo") or config.get("staleness", 0) != 0 or config.get("backup_workers", 0):
         raise DataError(f"--run {folder}: only synchronous runs of ps, allreduce and solo are predicted, not {backend}")
+    if any(config.get(name) for name in ("grow_batch", "adapt_batch")):
+        raise DataError(f"--run {folder}: its global batch has changed on the way; plan each with --global-batch")
+    if config.get("send_as", "same") != profile.send_as:
+        raise DataError(
+            f"--run {folder}: its gradients travelled as {config.get('send_as', 'same')}, and --send-as is "
+            f"{profile.send_as}"
+        )
     if "step_ms" not in summary:
         raise DataError(f"--run {folder}: summary.json has no step_ms: the run was too short")
     workers = int(config["workers"])
@@ -116,7 +123,8 @@ def score_run(profile: Profile, folder: Path) -> Score:
         workers=(workers,),
         global_batch=int(config["global_batch"]),
         micro_batch=config.get("micro_batch"),
-        update="server" if config.get("update") == "server" else "worker",
+        backends=(backend,) if backend in BACKENDS else BACKENDS,
+        update=config["update"] if config.get("update") in ("server", "sharded") else "worker",
         norm="global" if config.get("norm_batch") == "global" else "worker",
     )
     batch = wanted.samples(profile, workers)

@@ -21,7 +21,7 @@ from dtrain.comm import collectives
 from dtrain.comm.base import Backend, Rejoins, TellsSpans
 from dtrain.comm.hosts import ServerUpdate
 from dtrain.comm.solo import Solo
-from dtrain.config import TrainConfig
+from dtrain.config import HALVES, TrainConfig
 from dtrain.data import Loader, Micro, Step, to_device
 from dtrain.errors import DataError, Preempted, Rewound, UsageError
 from dtrain.hooks import Hook, State
@@ -40,8 +40,6 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 _MOST_RECORDS = 10_000
 _HEAR_WITHIN_S = 5.0  # of steps: how soon all hear that one of them was asked to stop
-
-_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -94,7 +92,7 @@ class Trainer:
         self.scheduler = scheduler
         self._first_settings = copy.deepcopy(_settings(optimizer))
         update = self._hosted_update() or config.update
-        send_as = _HALVES.get(config.send_as)
+        send_as = HALVES.get(config.send_as)
         self.replica = replicate(self.model, self.comm, bucket_mb=config.bucket_mb, send_as=send_as, update=update)
         if config.nonfinite != "allow":
             self.replica.look_for_nonfinite()
@@ -600,7 +598,7 @@ class Trainer:
 
 def autocast(amp: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """What a forward runs in, by `TrainConfig.amp`."""
-    return contextlib.nullcontext() if amp == "off" else torch.autocast(device.type, dtype=_HALVES[amp])
+    return contextlib.nullcontext() if amp == "off" else torch.autocast(device.type, dtype=HALVES[amp])
 
 
 def norm_sharing(config: TrainConfig, data: Loader) -> norm.Sharing | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dtrain.links import LINKS, SIZES_BYTES, link_of, measure_link
 from dtrain.measure.hardware import SMALL_BYTES
@@ -19,6 +20,11 @@ def test_a_ring_has_2_latencies_and_moves_the_tensor_twice():
     assert (link.alpha_s, link.bytes_per_s) == pytest.approx((50e-6, 1e9), rel=1e-3)
     assert link.core_s_per_byte == pytest.approx(2e-9)
     assert link.shared
+
+
+@pytest.mark.parametrize("name", ["ps", "allreduce"])
+def test_links_are_measured_with_halves(name: str):
+    assert measure_link(name, 0.1, dtype=torch.bfloat16).bytes_per_s > 0
 
 
 def test_servers_take_the_tensor_from_each_and_give_it_back():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,10 @@ def test_a_slower_link_is_slower(capsys: pytest.CaptureFixture[str], saved: Path
         (["--place", "host", "--hardware", "1gbit"], 64, "--place host has no link"),
         (["--verify", "--hardware", "1gbit"], 64, "--verify runs"),
         (["--verify", "--batches", "8"], 64, "--verify runs"),
+        (["--send-as", "bf16"], 64, "was probed with --send-as same: probe again"),
+        (["--send-as", "bf16", "--update", "server"], 64, "takes gradients as they are"),
+        (["--update", "sharded"], 64, "--update sharded is planned over all-reduce: give --backends allreduce"),
+        (["--update", "sharded", "--backends", "allreduce"], 64, "no link for allreduce sharded"),
         (["--run", "nowhere"], 65, "--run nowhere: cannot be read"),
         (["--json", "/nowhere/at/all"], 64, "--json /nowhere/at/all"),
     ],
@@ -144,6 +149,13 @@ def test_what_the_command_refuses(
 ):
     found, _, err = call(capsys, "--profile", saved, *arguments)
     assert (found, said in err) == (code, True), err
+
+
+def test_what_is_said_of_halves_and_of_shards():
+    halves = replace(PROFILE, send_as="bf16")
+    assert "Gradients travel as bf16." in plan.about(halves, plan.Wanted())
+    shards = plan.Wanted(update="sharded", backends=("allreduce",))
+    assert any("keeps a part of the optimizer's state" in line for line in plan.about(PROFILE, shards))
 
 
 def test_a_profile_that_is_not_there(capsys: pytest.CaptureFixture[str]):
@@ -165,6 +177,11 @@ def test_the_flags_of_a_verifying_run_are_those_of_the_plan():
     assert at == {"--backend": "ps", "--workers": "3", "--seed": "7", "--option": "width=4", "--steps": "5"}
     assert "--no-progress" in words
     assert words[words.index("--norm-batch") + 1] == "global"
+    assert "--update" not in command._command("allreduce", 2, Path("there"))
+    halves = PlanCommand(recipe="digits", send_as="bf16")._command("allreduce", 2, Path("there"))
+    assert halves[halves.index("--send-as") + 1] == "bf16"
+    shards = PlanCommand(recipe="digits", update="sharded")._command("allreduce", 2, Path("there"))
+    assert shards[shards.index("--update") + 1] == "sharded"
 
 
 @pytest.mark.slow

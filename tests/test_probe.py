@@ -42,6 +42,14 @@ def test_what_is_sent_is_what_the_model_has():
 
 
 @pytest.mark.usefixtures("one_core")
+def test_halves_are_half_the_bytes():
+    found = probe(small(send_as="bf16"), [8], links=(), effort=QUICK)
+    assert found.send_as == "bf16"
+    for buckets in (found.buckets, found.packed):
+        assert sum(b.nbytes for b in buckets) == 2 * (found.parameters + 6 + 1)
+
+
+@pytest.mark.usefixtures("one_core")
 def test_buckets_are_of_the_size_that_is_asked_for():
     one, several = (probe(small(bucket_mb=mb), [8], links=(), effort=QUICK) for mb in (8.0, 0.01))
     assert len(several.buckets) > len(one.buckets) == 1

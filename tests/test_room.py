@@ -37,6 +37,22 @@ def test_servers_that_step_keep_the_state():
     assert (here.optimizer_bytes, there.optimizer_bytes) == (here.parameters_bytes, 0)
 
 
+def test_workers_share_the_state_where_each_steps_a_part():
+    here, there = (
+        room(RunSpec(recipe="digits", update=update), "2GiB", packs=True, workers=4).footprint
+        for update in ("worker", "sharded")
+    )
+    assert there.optimizer_bytes == -(-here.optimizer_bytes // 4)
+
+
+def test_halves_come_on_top_of_gradients():
+    here, there = (
+        room(RunSpec(recipe="digits", send_as=kind), "2GiB", packs=True).footprint for kind in ("same", "bf16")
+    )
+    assert there.gradients_bytes == here.gradients_bytes
+    assert there.direct_bytes + there.buckets_bytes > here.direct_bytes + here.buckets_bytes
+
+
 def test_mixed_precision_saves_less_of_each_sample():
     options = {"recipe": "synthetic", "options": ("hidden=64", "layers=4", "classes=10")}
     full, mixed = (room(RunSpec(**options, amp=amp), "2GiB", packs=True) for amp in ("off", "bf16"))

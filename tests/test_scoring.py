@@ -44,6 +44,26 @@ def test_runs_that_are_not_synchronous_are_refused(tmp_path: Path, config: dict[
         scoring.score_run(PROFILE, run_dir(tmp_path / "a", **config))
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"grow_batch": 256}, "its global batch has changed on the way"),
+        ({"adapt_batch": 1.0}, "its global batch has changed on the way"),
+        ({"send_as": "bf16"}, "travelled as bf16, and --send-as is same"),
+    ],
+    ids=str,
+)
+def test_runs_that_the_profile_does_not_tell_of_are_refused(tmp_path: Path, config: dict[str, object], said: str):
+    with pytest.raises(DataError, match=said):
+        scoring.score_run(PROFILE, run_dir(tmp_path / "a", **config))
+
+
+def test_a_run_whose_workers_step_in_parts(tmp_path: Path):
+    profile = replace(PROFILE, links={**PROFILE.links, "allreduce sharded": PROFILE.links["allreduce"]})
+    score = scoring.score_run(profile, run_dir(tmp_path / "a", update="sharded"))
+    assert score.predicted.setting.update == "sharded"
+
+
 def test_a_score_says_whether_the_run_lies_in_the_interval(tmp_path: Path):
     score = scoring.score_run(PROFILE, run_dir(tmp_path / "a"))
     middle = score.predicted.boxes.step_ms

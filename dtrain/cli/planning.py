@@ -57,8 +57,10 @@ class PlanCommand(Task):
     apart where a link is given, else host."""
     lanes: Literal["auto", "off"] = "auto"
     """For ps on one host: shared memory, or sockets only."""
-    update: Literal["worker", "server"] = "worker"
-    """Who steps the optimizer."""
+    update: Literal["worker", "server", "sharded"] = "worker"
+    """Who steps the optimizer; server: of ps, the servers; sharded: each worker of allreduce a part (ZeRO-1)."""
+    send_as: Literal["same", "bf16", "fp16"] = "same"
+    """Type that gradients travel as."""
     norm_batch: Literal["worker", "global"] = "worker"
     """Whose samples share batch-norm statistics."""
     memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="")] = None
@@ -111,6 +113,8 @@ class PlanCommand(Task):
             raise UsageError(
                 "--place host has no link between hosts: leave out --hardware, --link-rate and --latency-us"
             )
+        if self.update != "worker" and self.send_as != "same":
+            raise UsageError(f"--send-as {self.send_as} with --update {self.update}, which takes gradients as they are")
         return planning.Wanted(
             workers=_numbers("workers", self.workers),
             backends=tuple(b.strip() for b in self.backends.split(",") if b.strip()),
@@ -127,12 +131,17 @@ class PlanCommand(Task):
 
     def _profile(self, wanted: planning.Wanted) -> Profile:
         if self.profile is not None:
-            return load(Path(self.profile))
+            profile = load(Path(self.profile))
+            if profile.send_as != self.send_as:
+                raise UsageError(f"--profile {self.profile} was probed with --send-as {profile.send_as}: probe again")
+            return profile
         spec = self._spec()
         recipe_batch = self.global_batch or spec.build().global_batch
         sizes = wanted.batches or tuple(math.ceil(recipe_batch / n) for n in wanted.workers)
         most = min(self.micro_batch or _MOST_PROBED, _MOST_PROBED)
         links = [link for link in ("allreduce", "ps", "ps sockets") if link.split()[0] in wanted.backends]
+        if wanted.update == "sharded":
+            links.append("allreduce sharded")
         several = [n for n in wanted.workers if n > 1]
         return probe(
             spec,
@@ -143,7 +152,9 @@ class PlanCommand(Task):
 
     def _room(self, wanted: planning.Wanted) -> Room | None:
         """What a step needs, where the memory is told."""
-        return None if self.memory is None else room(self._spec(), self.memory, packs="ps" in wanted.backends)
+        if self.memory is None:
+            return None
+        return room(self._spec(), self.memory, packs="ps" in wanted.backends, workers=min(wanted.workers))
 
     def _save(self, profile: Profile) -> None:
         path = Path(self.save_profile or "")
@@ -154,7 +165,8 @@ class PlanCommand(Task):
 
     def _spec(self, **more: Any) -> RunSpec:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(Task)}
-        return RunSpec(**{**fields, "norm_batch": self.norm_batch, "update": self.update, **more})
+        own = {"norm_batch": self.norm_batch, "update": self.update, "send_as": self.send_as}
+        return RunSpec(**{**fields, **own, **more})
 
     def _command(self, backend: str, workers: int, run_dir: Path) -> list[str]:
         """The `dtrain train` that makes one of the runs of --verify."""
@@ -168,8 +180,8 @@ class PlanCommand(Task):
             "quiet": True,
             "progress": False,
         }
-        fields |= {"lanes": self.lanes}
-        if backend == "ps":
+        fields |= {"lanes": self.lanes, "send_as": self.send_as}
+        if backend == "ps" or self.update == "sharded":
             fields["update"] = self.update
         return python_m_dtrain("train", self.recipe, *flags(fields))
 

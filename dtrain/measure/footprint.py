@@ -50,6 +50,7 @@ def footprint(
     update: Literal["worker", "server", "sharded"] = "worker",
     shards: int = 1,
     packs: bool = False,
+    send_as: torch.dtype | None = None,
     messages: Mapping[str, int] = MESSAGES,
 ) -> Footprint:
     """Run two small micro-batches, and one step of the optimizer on zeros, and see what they leave in memory.
@@ -63,6 +64,7 @@ def footprint(
         update: `server`: the servers keep the optimizer's state, and gradients leave by buckets. `sharded`: so they do,
             and a worker keeps one of `shards` parts of the state.
         packs: whether the backend takes all gradients in buckets, as `ps` does.
+        send_as: type that gradients travel as, if not their own: then they stay, and are rounded into buckets.
         messages: keyword arguments of `buckets.plan` that are other than `MESSAGES`.
 
     Raises:
@@ -73,8 +75,8 @@ def footprint(
         raise UsageError(f"the example batch has {samples} samples: give 2 or more")
     named = list(model.named_parameters())
     sizes = {**MESSAGES, **messages, **({"direct_bytes": 0} if packs or update != "worker" else {})}
-    plans = [one for one in plan(named, dtype=None, **sizes) if one.members or update == "worker"]
-    direct = {named[index][0] for one in plans if one.direct for index in one.members}
+    plans = [one for one in plan(named, dtype=send_as, **sizes) if one.members or update == "worker"]
+    direct = {named[index][0] for one in plans if one.direct or send_as is not None for index in one.members}
     small, large = (_look(model, loss, batch, count, direct) for count in (samples // 2, samples))
     state_bytes, temporary_bytes = _optimizer_bytes([p for _, p in named if p.requires_grad], optimizer)
     direct_bytes = sum(small.gradients[name] for name in direct & small.gradients.keys())
@@ -253,7 +255,7 @@ def _optimizer_bytes(parameters: Sequence[Parameter], make: MakeOptimizer) -> tu
 
 def _buckets_bytes(named: Named, plans: Sequence[Plan], flags: int) -> int:
     """Bytes of all buckets, the last one with so many flags behind its gradients."""
-    members = [named[index][1].nbytes for one in plans if not one.direct for index in one.members]
+    members = [named[i][1].numel() * one.dtype.itemsize for one in plans if not one.direct for i in one.members]
     return sum(members) + (plans[-1].dtype.itemsize * flags if plans else 0)
 
 

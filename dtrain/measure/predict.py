@@ -50,8 +50,8 @@ class Setting:
     """Between hosts; None: what was measured here for this backend."""
     sockets: bool = False
     """ps through sockets, though shared memory would do."""
-    update: Literal["worker", "server"] = "worker"
-    """Who steps the optimizer."""
+    update: Literal["worker", "server", "sharded"] = "worker"
+    """Who steps the optimizer; `server`: servers, where there are any; `sharded`: each worker of allreduce a part."""
     norm: Literal["worker", "global"] = "worker"
     """Whose statistics batch norm uses; `global` is synchronised."""
 
@@ -65,6 +65,8 @@ class Setting:
                 f"servers is {self.servers}, and they are to live on the hosts of {self.workers} workers: give as many "
                 "at most, or hosts of their own"
             )
+        if self.update == "sharded" and self.backend == "ps":
+            raise UsageError("update is sharded, which is predicted for allreduce: leave out ps, or give update=server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ def work_of(profile: Profile, setting: Setting) -> Work:
         optimizer_s=profile.optimizer.at(0) * slower,
         rest_s=profile.rest_s,
         micro_batches=micro_batches,
-        buckets=profile.packed if setting.backend == "ps" else profile.buckets,
+        buckets=profile.packed if setting.backend == "ps" or setting.update == "sharded" else profile.buckets,
         norms=tuple(
             NormMessage(forward_bytes=norm.forward_bytes * setting.workers, backward_bytes=norm.backward_bytes)
             for norm in (profile.norms if setting.norm == "global" else ())
@@ -190,6 +192,7 @@ def wiring_of(profile: Profile, setting: Setting) -> Wiring:
         uneven=link.uneven,
         part_bytes=max(_part_bytes(setting, link), math.ceil(biggest / _MOST_PARTS)),
         update_on_servers=setting.update == "server" and setting.backend == "ps",
+        sharded=setting.update == "sharded",
         lateness=profile.scatter * expected_maximum(setting.workers),
     )
 
@@ -206,12 +209,19 @@ def expected_maximum(count: int) -> float:
     return statistics.NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
 
 
+def link_name(backend: str, *, sockets: bool, update: str) -> str:
+    """Which of a profile's links carries gradients on one host."""
+    if backend == "ps":
+        return "ps sockets" if sockets else "ps"
+    return "allreduce sharded" if update == "sharded" else backend
+
+
 def _link(profile: Profile, setting: Setting) -> Link:
     if setting.link is not None:
         return setting.link
     if setting.place != "host":
         raise UsageError(f"place is {setting.place}, and no link between hosts is given: --hardware, or --link-rate")
-    name = "ps sockets" if setting.backend == "ps" and setting.sockets else setting.backend
+    name = link_name(setting.backend, sockets=setting.sockets, update=setting.update)
     if name not in profile.links:
         raise UsageError(f"this profile has no link for {name}: give --hardware or --link-rate, or probe again")
     return profile.links[name]
@@ -221,7 +231,7 @@ def _core_s_per_byte(profile: Profile, setting: Setting, link: Link) -> float:
     """What a byte costs the processors: as measured here, through sockets where the link is another one."""
     if profile.device != "cpu" or setting.place == "host":
         return link.core_s_per_byte if profile.device == "cpu" else 0.0
-    here = profile.links.get("ps sockets" if setting.backend == "ps" else "allreduce")
+    here = profile.links.get(link_name(setting.backend, sockets=True, update=setting.update))
     return link.core_s_per_byte or (here.core_s_per_byte if here else 0.0)
 
 

@@ -59,6 +59,8 @@ class Profile:
     """Of backends that send large gradients from where they lie (allreduce)."""
     packed: tuple[Bucket, ...] = ()
     """Of backends that lay all gradients in buffers of their own (ps)."""
+    send_as: str = "same"
+    """Type that gradients travel as, in `buckets`, `packed` and `links`: same, bf16, fp16."""
     norms: tuple[NormMessage, ...] = ()
     """Batch-norm layers, whose statistics travel where they are synchronised; for two workers."""
     cores: int = 1
@@ -73,7 +75,7 @@ class Profile:
     """Time by the clock over the time in which the model's thread ran: above 1, other programs were at work. Of one
     thread, computing times leave out what they took."""
     links: Mapping[str, Link] = field(default_factory=dict)
-    """What was measured: allreduce, `ps` (shared memory), `ps sockets`."""
+    """What was measured: allreduce, its halves (`allreduce sharded`), `ps` (shared memory), `ps sockets`."""
     device: str = "cpu"
     """Where the model computed."""
     host: Mapping[str, str] = field(default_factory=dict)

@@ -111,6 +111,8 @@ class Wiring:
     """Rate at which a server adds what has come."""
     update_on_servers: bool = False
     """The servers make the optimizer's step, each its share."""
+    sharded: bool = False
+    """Of allreduce: each worker gets the sum of its part, steps that, and all gather the parts."""
     uneven: float = 0.0
     """How unevenly the links of workers share a server's: 0 alike, 1 as a stick broken at random places."""
     lateness: float = 0.0
@@ -119,6 +121,8 @@ class Wiring:
     def __post_init__(self) -> None:
         if self.workers < 1 or self.servers < 1:
             raise ValueError(f"workers is {self.workers}, servers {self.servers}: a job has at least one")
+        if self.sharded and self.backend == "ps":
+            raise ValueError("sharded with ps: only allreduce is modelled so")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +237,24 @@ class _Step:
             last = number == work.micro_batches - 1
             self._forward()
             answers += self._backward(work.buckets if last and self.sends else ())
-        self._before += answers
-        if not (self._wiring.update_on_servers and self.sends):
-            self._compute("optimizer", work.optimizer_s)
+        if self._wiring.sharded and self.sends:
+            self._before += self._step_in_parts(answers)
+        else:
+            self._before += answers
+            if not (self._wiring.update_on_servers and self.sends):
+                self._compute("optimizer", work.optimizer_s)
         self._compute("rest", work.rest_s)
+
+    def _step_in_parts(self, sums: Sequence[Job]) -> list[Job]:
+        """A worker steps its part of each bucket when the sum is there, and sends it to all; the last jobs of that."""
+        total = sum(bucket.nbytes for bucket in self._work.buckets)
+        gathers: list[Job] = []
+        for bucket, arrived in zip(self._work.buckets, sums, strict=True):
+            self._before.append(arrived)
+            share = bucket.nbytes / total / self._wiring.workers if total else 0.0
+            self._compute("optimizer", self._work.optimizer_s * share)
+            gathers += self._sum("gradient", bucket.nbytes)
+        return gathers
 
     def _forward(self) -> None:
         norms = self._work.norms if self.sends else ()
@@ -286,7 +304,7 @@ class _Step:
         answers: list[Job] = []
         for _ in range(parts):
             before: tuple[Job, ...] = tuple(self._before)
-            for number, hop in enumerate(self._hops(nbytes / parts)):
+            for number, hop in enumerate(self._hops(kind, nbytes / parts)):
                 lane, delay_s = f"{kind} {hop.lane}", hop.delay_s + (max(0.0, late_s) if number == 0 else 0.0)
                 if hop.blocks_s:
                     held = Job(name=kind, lane=lane, least_s=hop.blocks_s, after=before, delay_s=delay_s)
@@ -298,13 +316,13 @@ class _Step:
             answers += before
         return answers
 
-    def _hops(self, nbytes: float) -> list[_Hop]:
+    def _hops(self, kind: str, nbytes: float) -> list[_Hop]:
         wiring = self._wiring
         small = nbytes < wiring.small_bytes and wiring.small_alpha_s is not None
         alpha_s = (wiring.small_alpha_s or 0.0) if small else wiring.alpha_s
-        return (
-            ring_hops(wiring, nbytes, alpha_s) if wiring.backend == "allreduce" else self._server_hops(nbytes, alpha_s)
-        )
+        if wiring.backend == "ps":
+            return self._server_hops(nbytes, alpha_s)
+        return ring_hops(wiring, nbytes, alpha_s, part=0.5 if wiring.sharded and kind == "gradient" else 1.0)
 
     def _server_hops(self, nbytes: float, alpha_s: float) -> list[_Hop]:
         wiring, n = self._wiring, self._wiring.workers
@@ -329,15 +347,20 @@ class _Step:
         ]
 
 
-def ring_hops(wiring: Wiring, nbytes: float, alpha_s: float) -> list[_Hop]:
-    """A sum by a ring, as one leg: the ring is busy in every link at once."""
+def ring_hops(wiring: Wiring, nbytes: float, alpha_s: float, *, part: float = 1.0) -> list[_Hop]:
+    """A sum by a ring, as one leg: the ring is busy in every link at once.
+
+    Args:
+        part: of the whole sum; its halves, reduce-scatter and all-gather, cost the same.
+    """
     n = wiring.workers
-    cost = wiring.core_s_per_byte * nbytes * 2 * (n - 1)
+    turns = 2 * (n - 1) * part
+    cost = wiring.core_s_per_byte * nbytes * turns
     if wiring.place == "host":
-        uses = {"bus": 2 * (n - 1) * nbytes, "cores": cost}
+        uses = {"bus": turns * nbytes, "cores": cost}
     else:
-        uses = dict.fromkeys(("out", "in"), 2 * (n - 1) / n * nbytes) | {"cores": cost / n}
-    return [_Hop("ring", uses, blocks_s=2 * (n - 1) * alpha_s)]
+        uses = dict.fromkeys(("out", "in"), turns / n * nbytes) | {"cores": cost / n}
+    return [_Hop("ring", uses, blocks_s=turns * alpha_s)]
 
 
 def slowest_arrival(workers: int, uneven: float, part: float) -> float:

@@ -104,6 +104,27 @@ def test_over_a_parameter_server_too():
         assert found == expected
 
 
+def rounded(comm):
+    """The same, where gradients travel as halves."""
+    recipe = recipes.build("digits")
+    expected = predicted(recipe, packs=comm.packs, send_as=torch.bfloat16).at(4)
+    replica = dtrain.replicate(recipe.model, comm, send_as=torch.bfloat16)
+    optimizer = recipe.optimizer(recipe.model.parameters())
+    replica.backward(recipe.loss(recipe.model, batch_of(recipe, 4)))
+    optimizer.step()
+    found = measured(recipe.model, optimizer, replica)
+    return {name: getattr(expected, name) for name in found if name != "peak_bytes"}, found
+
+
+@pytest.mark.parametrize("backend", ["ps", "allreduce"])
+def test_halves_are_kept_beside_the_gradients(backend):
+    for expected, found in everywhere(rounded, backend=backend):
+        found.pop("peak_bytes")
+        assert found == expected
+        assert found["gradients_bytes"] == found["parameters_bytes"]
+        assert found["parameters_bytes"] // 2 < found["buckets_bytes"] < found["parameters_bytes"]
+
+
 def hosted(comm):
     recipe = recipes.build("digits")
     expected = predicted(recipe, update="server").at(4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dtrain.errors import DataError, UsageError
 from dtrain.measure import advice
 from dtrain.measure.hardware import Link, named
-from dtrain.measure.predict import Prediction, Setting, expected_maximum, predict
+from dtrain.measure.predict import Prediction, Setting, expected_maximum, predict, wiring_of, work_of
 from dtrain.measure.profile import Line, Profile, load
 from dtrain.measure.step import Boxes, Bucket, NormMessage
 
@@ -135,7 +135,9 @@ def test_a_record_has_the_boxes_and_the_interval():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"workers": 0}, {"batch": 0}, {"servers": 0}, {"place": "beside", "servers": 3}], ids=str
+    "wrong",
+    [{"workers": 0}, {"batch": 0}, {"servers": 0}, {"place": "beside", "servers": 3}, {"update": "sharded"}],
+    ids=str,
 )
 def test_settings_that_cannot_be(wrong: dict[str, object]):
     with pytest.raises(UsageError):
@@ -145,6 +147,19 @@ def test_settings_that_cannot_be(wrong: dict[str, object]):
 def test_a_link_that_was_not_measured_is_asked_for():
     with pytest.raises(UsageError, match="no link for ps sockets: give --hardware"):
         predict(replace(PROFILE, links={"ps": HERE}), at("ps", 2, sockets=True))
+
+
+def test_sharded_steps_have_a_link_and_buckets_of_their_own():
+    slower = replace(HERE, bytes_per_s=HERE.bytes_per_s / 3)
+    packed = tuple(replace(bucket, nbytes=2 * bucket.nbytes) for bucket in PROFILE.buckets)
+    profile = replace(PROFILE, links={"allreduce": HERE, "allreduce sharded": slower}, packed=packed)
+    setting = at("allreduce", 2, update="sharded")
+    assert work_of(profile, setting).buckets == packed
+    wiring = wiring_of(profile, setting)
+    assert (wiring.sharded, wiring.bytes_per_s) == (True, slower.bytes_per_s)
+    assert not wiring_of(profile, replace(setting, update="worker")).sharded
+    with pytest.raises(UsageError, match="no link for allreduce sharded"):
+        predict(PROFILE, setting)
 
 
 # --- the file

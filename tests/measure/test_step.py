@@ -12,6 +12,7 @@ from dtrain.measure.step import (
     Boxes,
     Bucket,
     NormMessage,
+    Place,
     Wiring,
     Work,
     apart_s,
@@ -58,8 +59,9 @@ def works(draw: st.DrawFn) -> Work:
 @st.composite
 def wirings(draw: st.DrawFn) -> Wiring:
     workers = draw(st.integers(1, 8))
+    backend = draw(st.sampled_from(["ps", "allreduce"]))
     return Wiring(
-        backend=draw(st.sampled_from(["ps", "allreduce"])),
+        backend=backend,
         workers=workers,
         servers=draw(st.integers(1, workers)),
         place=draw(st.sampled_from(["apart", "beside", "host"])),
@@ -69,6 +71,7 @@ def wirings(draw: st.DrawFn) -> Wiring:
         cores=draw(st.integers(1, 8)),
         part_bytes=2**23,
         lateness=draw(st.floats(0, 0.5)),
+        sharded=backend == "allreduce" and draw(st.booleans()),
     )
 
 
@@ -81,6 +84,26 @@ def test_one_bucket_over_a_ring(nbytes: float, n: int, rate: float, alpha_s: flo
     wiring = Wiring(backend="allreduce", workers=n, alpha_s=alpha_s, bytes_per_s=rate)
     expected_s = ring_s(nbytes, n, alpha_s=alpha_s, bytes_per_s=rate)
     assert boxes(only(nbytes), wiring).step_ms == pytest.approx(expected_s * 1e3, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, WORKERS, RATES, st.floats(0, 1e-2), st.sampled_from(["apart", "host"]))
+def test_sharded_the_same_bytes_pass_and_an_nth_is_stepped(
+    nbytes: float, n: int, rate: float, alpha_s: float, place: Place
+):
+    work = replace(only(nbytes), optimizer_s=1.0)
+    wiring = Wiring(backend="allreduce", workers=n, alpha_s=alpha_s, bytes_per_s=rate, place=place, cores=n)
+    whole, sharded = boxes(work, wiring), boxes(work, replace(wiring, sharded=True))
+    assert sharded.optimizer_ms == pytest.approx(1e3 / n)
+    assert sharded.exposed_comm_ms == pytest.approx(whole.exposed_comm_ms)
+
+
+def test_sharded_gathers_go_on_beside_the_steps_of_later_buckets():
+    buckets = tuple(Bucket(nbytes=1e8, ready=1.0) for _ in range(4))
+    work = Work(forward_s=0.0, backward_s=0.0, optimizer_s=0.8, buckets=buckets)
+    found = boxes(work, Wiring(backend="allreduce", workers=2, bytes_per_s=1e9, sharded=True))
+    # A half takes 0.05 s, a step 0.1: the last sum arrives at 0.2, its step is over at 0.45, and its gather at 0.5.
+    assert found.step_ms == pytest.approx(500)
 
 
 @settings(deadline=None, max_examples=60)
@@ -193,7 +216,8 @@ def test_the_boxes_are_the_step(work: Work, wiring: Wiring):
 @settings(deadline=None, max_examples=60)
 @given(works(), wirings())
 def test_a_step_is_no_shorter_than_its_computing(work: Work, wiring: Wiring):
-    alone = boxes(work, Wiring(backend="solo"))
+    own_s = work.optimizer_s / wiring.workers if wiring.sharded else work.optimizer_s
+    alone = boxes(replace(work, optimizer_s=own_s), Wiring(backend="solo"))
     assert boxes(work, wiring).step_ms >= alone.step_ms * (1 - 1e-9)
 
 
