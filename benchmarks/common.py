@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -60,11 +61,14 @@ def join(runs: Sequence[Times]) -> Times:
 def ratio_row(case: str, contender: str, baseline: str, times: Times) -> Row:
     """A row of the record: the contender's time over the baseline's, round by round."""
     ratios = [c / b for c, b in zip(*times, strict=True)]
+    low, high = median_interval(ratios)
     return {
         "case": case,
         "contender": contender,
         "baseline": baseline,
         "ratio_median": statistics.median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
         "contender_ms": statistics.median(times[0]) * 1e3,
@@ -73,15 +77,31 @@ def ratio_row(case: str, contender: str, baseline: str, times: Times) -> Row:
     }
 
 
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Between which of them the true median lies, whatever their distribution (David and Nagaraja 2003, section 7.1);
+    the least and the largest, where they are too few to say it with that confidence."""
+    ordered, count = sorted(values), len(values)
+    beyond, below = 0.0, 0
+    while below < count // 2:
+        beyond += math.comb(count, below) * 0.5**count  # so few lie below the median
+        if beyond > (1 - confidence) / 2:
+            break
+        below += 1
+    cut = max(0, below - 1)
+    return ordered[cut], ordered[-1 - cut]
+
+
 def show(rows: Sequence[Row]) -> str:
     """The rows as a table."""
-    head = ["case", "contender", "baseline", "ratio", "min", "max", "contender ms", "baseline ms", "rounds"]
+    head = ["case", "contender", "baseline", "ratio", "95 %", "min", "max", "contender ms", "baseline ms", "rounds"]
     return table(
         head,
         [
             [
                 *(row["case"], row["contender"], row["baseline"]),
-                *(f"{row[f'ratio_{name}']:.3f}" for name in ("median", "min", "max")),
+                f"{row['ratio_median']:.3f}",
+                f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+                *(f"{row[f'ratio_{name}']:.3f}" for name in ("min", "max")),
                 *(f"{row[f'{name}_ms']:.1f}" for name in ("contender", "baseline")),
                 str(row["rounds"]),
             ]

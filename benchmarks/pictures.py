@@ -184,7 +184,7 @@ def _dots(rows: Sequence[tuple[str, str, float]], ink: Ink, unit: str) -> Figure
 
 
 def ratios(rows: Sequence[Row], ink: Ink) -> Figure:
-    """A bar a ratio, with its range over the rounds; rows of one case beside each other."""
+    """A bar a ratio, with the interval of its median; rows of one case beside each other."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     one = len({row["contender"] for row in rows}) == 1
     series = list(dict.fromkeys(f"against {row['baseline']}" if one else row["contender"] for row in rows))
@@ -200,16 +200,21 @@ def ratios(rows: Sequence[Row], ink: Ink) -> Figure:
         colour = ink(("run5", "rest", "hidden", *SERIES)[place % 7])
         axes.barh(at, [row["ratio_median"] for row in own], 0.88 * tall, color=colour, label=name)
         for y, row in zip(at, own, strict=True):
-            axes.plot([row["ratio_min"], row["ratio_max"]], [y, y], color=ink("ink"), linewidth=1.1)
-            _beside(axes, ink, f"{row['ratio_median']:.2f}", max(row["ratio_max"], row["ratio_median"]), y)
+            axes.plot(_range(row), [y, y], color=ink("ink"), linewidth=1.1)
+            _beside(axes, ink, f"{row['ratio_median']:.2f}", max(_range(row)[1], row["ratio_median"]), y)
             if (goal := row.get("goal")) is not None:
                 axes.plot([goal, goal], [y - tall / 2, y + tall / 2], color=ink("warn"), linewidth=2)
     _upright(axes, 1.0, ink)
-    ends = [max(row["ratio_max"], row["ratio_median"]) for row in rows]
+    ends = [max(_range(row)[1], row["ratio_median"]) for row in rows]
     _lying(axes, ink, cases, what, max(1.0, *ends))
     if len(series) > 1:
         _key(drawn, axes, ink)
     return drawn
+
+
+def _range(row: Row) -> tuple[float, float]:
+    """The interval of the median; in records before there was one, all rounds."""
+    return row.get("ratio_low", row["ratio_min"]), row.get("ratio_high", row["ratio_max"])
 
 
 def kinds(rows: Sequence[Row], ink: Ink) -> Figure:
@@ -385,12 +390,13 @@ KINDS = {
     "step": Kind(
         "Time of a step over the other's; below 1 it is shorter",
         ratios,
-        "Bar: median of the rounds; thin line: from the smallest to the largest.",
+        "Bar: median of the rounds; thin line: where it lies 95 times in 100, in older records all rounds.",
     ),
     "meter": Kind(
         "Time of a step with the meter over one without",
         ratios,
-        "Bar: median of the rounds; thin line: from the smallest to the largest; orange: the largest aimed at.",
+        "Bar: median of the rounds; thin line: where it lies 95 times in 100, in older records all rounds; "
+        "orange: the largest aimed at.",
     ),
     "norm": Kind("Forward and backward over plain batch norm's, a dot a shape", kinds),
     "sync": Kind("Time to sum a gradient on one host", sums, "Grey: gloo, the baseline."),

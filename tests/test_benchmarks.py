@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(SCRIPTS))
+
+import common  # noqa: E402
+
+sys.path.remove(str(SCRIPTS))
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -101,3 +108,15 @@ def test_links_compares_every_wiring_with_its_bound(tmp_path: Path) -> None:
         assert row["of_bound"] == pytest.approx(row["bound_ms"] / row["median_ms"])
         assert 0 < row["of_bound"] < 1.3  # what passes at once after a pause is 30 ms worth of the link
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 9, 12, 15])
+def test_the_interval_of_a_median(count: int) -> None:
+    """A number of any distribution lies below its median every second time: all ways in which that can go."""
+    low, high = common.median_interval(range(count))
+    assert (low, high) == (count - 1 - high, count - 1 - low)
+    missed = [sum(below) <= low or sum(below) >= high + 1 for below in product((0, 1), repeat=count)]
+    chance = sum(missed) / 2**count
+    assert chance <= 0.05 or (low, high) == (0, count - 1)
+    narrower = 2 * sum(math.comb(count, k) for k in range(low + 2)) / 2**count
+    assert narrower > 0.05 or low + 1 > count // 2
