@@ -87,7 +87,7 @@ from dtrain.measure import memory, summarise
 from dtrain.measure.footprint import footprint
 from dtrain.measure.memory import Footprint
 from dtrain.recipes import Recipe
-from dtrain.runs import RunSpec, one_device
+from dtrain.spec import RunSpec, one_device
 from dtrain.tables import table
 
 RECIPES = ("text", "fashion", "digits")

@@ -37,7 +37,7 @@ from dtrain.measure.predict import Prediction, Setting, predict
 from dtrain.measure.profile import Line, Profile, load
 from dtrain.probe import probe
 from dtrain.processes import cores
-from dtrain.runs import RunSpec
+from dtrain.spec import RunSpec
 from dtrain.tables import table
 
 GOALS = {"median": 0.10, "largest": 0.25}

@@ -17,7 +17,8 @@ from dtrain.connect import connect
 from dtrain.errors import DataError, UsageError
 from dtrain.jobs import run as run_job
 from dtrain.launcher import Plan, launch
-from dtrain.runs import RunSpec, train
+from dtrain.runs import train
+from dtrain.spec import RunSpec
 
 _KEPT = (
     *("step_ms", "compute_ms", "exposed_comm_ms", "ratio", "samples_per_s", "bytes_sent_per_step"),

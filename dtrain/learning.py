@@ -99,7 +99,7 @@ def make_optimizer(spec: Any, recipe: Recipe, model: nn.Module) -> Optimizer:
     """The optimizer of a run, with the rate of its global batch.
 
     Args:
-        spec: a `dtrain.runs.RunSpec`.
+        spec: a `dtrain.spec.RunSpec`.
 
     Raises:
         UsageError: a setting that this optimizer has not, or another optimizer without a rate.

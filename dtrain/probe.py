@@ -34,7 +34,7 @@ from dtrain.measure.stopwatch import PHASES
 from dtrain.processes import cores
 from dtrain.recipes import Recipe
 from dtrain.replica import replicate
-from dtrain.runs import RunSpec, one_device
+from dtrain.spec import RunSpec, one_device
 from dtrain.trainer import Trainer, autocast
 
 _WARMUP = 2

@@ -13,7 +13,7 @@ from dtrain.config import HALVES
 from dtrain.data import Loader, to_device
 from dtrain.measure.footprint import Loss, footprint
 from dtrain.measure.memory import Footprint, largest_micro_batch, parse_bytes, process_bytes, show
-from dtrain.runs import RunSpec, one_device
+from dtrain.spec import RunSpec, one_device
 from dtrain.trainer import autocast
 
 _SAMPLES = 8

@@ -15,7 +15,7 @@ import torch
 from dtrain import checkpoint, compare, env, tables
 from dtrain.compare import max_difference
 from dtrain.errors import DataError, UsageError
-from dtrain.runs import RunSpec
+from dtrain.spec import RunSpec
 
 ALL = "solo,threads,ps,allreduce"
 PAIRS = {"solo,threads", "solo,ps", "solo,allreduce", "threads,ps", "threads,allreduce", "ps,allreduce"}

@@ -20,6 +20,8 @@ FLOORS = [
     {"compare", "doctor", "probe", "room"},  # what the commands do
     {"__init__"},  # the front door: what `import dtrain` offers
     {"runs", "links"},
+    {"outcome", "resuming"},
+    {"spec"},
     {"learning"},
     {"trainer", "timeline", "live", "steering"},
     {"hooks"},

@@ -14,7 +14,8 @@ from dtrain import recipes
 from dtrain.errors import UsageError
 from dtrain.largebatch import LAMB, LARS
 from dtrain.learning import describe, make_optimizer, make_schedule, rate_factor
-from dtrain.runs import RunSpec, train
+from dtrain.runs import train
+from dtrain.spec import RunSpec
 from dtrain.steering import AdaptBatch, NoiseScale, Steer
 
 

@@ -10,7 +10,7 @@ import torch
 from dtrain import probe as probing
 from dtrain.errors import UsageError
 from dtrain.probe import Effort, probe
-from dtrain.runs import RunSpec
+from dtrain.spec import RunSpec
 
 QUICK = Effort(compute_s=0.1, fewest=2, most=2, link_s=0.1, crowd_s=0.1)
 

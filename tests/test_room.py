@@ -8,7 +8,7 @@ import pytest
 
 from dtrain.errors import UsageError
 from dtrain.room import room
-from dtrain.runs import RunSpec
+from dtrain.spec import RunSpec
 from tests.test_plan import PROFILE, call
 
 

@@ -18,7 +18,8 @@ from dtrain import checkpoint, tables
 from dtrain.config import TrainConfig
 from dtrain.errors import DataError, UsageError
 from dtrain.recipes import build
-from dtrain.runs import RunSpec, check, train
+from dtrain.runs import check, train
+from dtrain.spec import RunSpec
 from tests.small import differences
 
 SMALL = RunSpec(recipe="digits", options=("width=4",), progress=False, steps=30, log_every=4)
@@ -279,7 +280,7 @@ def _cut_off(spec: RunSpec, run_dir: Path) -> None:
     code = (
         "import os, dtrain\n"
         "from dtrain import checkpoint\n"
-        "from dtrain.runs import RunSpec, train\n"
+        "from dtrain.runs import train\nfrom dtrain.spec import RunSpec\n"
         "save = checkpoint.save\n"
         "def then_die(root, step, groups, keep):\n"
         "    save(root, step, groups, keep=keep)\n"

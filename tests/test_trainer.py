@@ -26,6 +26,7 @@ from dtrain.data import Loader
 from dtrain.errors import DataError, UsageError
 from dtrain.evaluate import evaluate
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Progress, State, TensorBoard
+from dtrain.spec import RunSpec
 from dtrain.trainer import norm_sharing
 from tests.conftest import everywhere
 from tests.small import (
@@ -682,7 +683,7 @@ def served(comm: Backend, folder: Path) -> dict[str, Any]:
         position = state.step, state.epoch, state.samples
         found[name] = position, together.found, state.metrics, state.loss, trainer.replica.pushes.staleness
     for backup in (0, 1):
-        spec = runs.RunSpec(recipe="synthetic", update="server", steps=4, backup_workers=backup, progress=False)
+        spec = RunSpec(recipe="synthetic", update="server", steps=4, backup_workers=backup, progress=False)
         found["summary", backup] = runs.train(comm, spec)
     return found
 

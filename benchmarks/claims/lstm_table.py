@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 # isort: split
 import batch
 
-from dtrain.runs import RunSpec
+from dtrain.spec import RunSpec
 
 ROUNDS = 3
 TIMED_STEPS = 3

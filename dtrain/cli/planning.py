@@ -23,7 +23,7 @@ from dtrain.measure.predict import INTERVAL
 from dtrain.measure.profile import Profile, load
 from dtrain.probe import probe
 from dtrain.room import Room, room
-from dtrain.runs import RunSpec, Task
+from dtrain.spec import RunSpec, Task
 
 _VERIFY_STEPS = 40
 _MOST_PROBED = 512

@@ -21,8 +21,10 @@ from dtrain.errors import Finished, UsageError
 from dtrain.jobs import run as run_job
 from dtrain.launcher import Plan, launch
 from dtrain.processes import end_with_launcher
-from dtrain.runs import RunSpec, Task, check, check_place, stop_at_signals
+from dtrain.resuming import check_place
+from dtrain.runs import check, stop_at_signals
 from dtrain.runs import train as train_run
+from dtrain.spec import RunSpec, Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -398,7 +398,7 @@ POINTS: dict[str, Callable[[Callable[[], object], int], None]] = {
     "committed": _of("dtrain.checkpoint", None, "commit", before=False),
     "rejoin": _of("dtrain.ps.client", "ParameterServer", "rejoin"),
     "resume": _of("dtrain.trainer", "Trainer", "resume"),
-    "summary": _of("dtrain.runs", None, "_summary"),
+    "summary": _of("dtrain.runs", None, "summarise_run"),
     "weights": _of("dtrain.checkpoint", None, "save_tensors", before=False),  # the final ones are on disk
     "hello": _of("dtrain.ps.members", "Members", "join"),  # of a server
     "sum": _of("dtrain.ps.server", "Server", "_sum_up"),

@@ -14,8 +14,8 @@ import torch
 
 import dtrain
 from dtrain import checkpoint
-from dtrain.runs import RunSpec
 from dtrain.runs import train as train_run
+from dtrain.spec import RunSpec
 from tests.faults.job import VICTIM, started, torchrun
 
 both = pytest.mark.parametrize("backend", ["ps", "allreduce"])

@@ -23,7 +23,8 @@ import torch
 import dtrain
 from dtrain import checkpoint
 from dtrain.ps import keys
-from dtrain.runs import RunSpec, train
+from dtrain.runs import train
+from dtrain.spec import RunSpec
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(SCRIPTS))

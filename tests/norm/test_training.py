@@ -17,6 +17,7 @@ from dtrain.comm.base import Backend
 from dtrain.errors import UsageError
 from dtrain.hooks import Evaluate, Precise
 from dtrain.norm.moments import moments
+from dtrain.spec import RunSpec
 from tests.norm.test_sync import close, on_threads
 
 DATA = TensorDataset(
@@ -101,7 +102,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
 
 def test_a_number_below_zero() -> None:
     with pytest.raises(UsageError, match="precise_batches is -1"):
-        runs.train(dtrain.connect(), runs.RunSpec(recipe="digits", precise_batches=-1, progress=False))
+        runs.train(dtrain.connect(), RunSpec(recipe="digits", precise_batches=-1, progress=False))
 
 
 def test_all_that_is_promised_is_there() -> None:
