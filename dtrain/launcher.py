@@ -326,8 +326,12 @@ class _Job:
         rest = len([c for c in self._children if c is not culprit])
         if culprit.ended():
             culprit.wait(0.0)  # for what it still has to say
+        how = self._how(culprit)
+        if culprit in early:  # what a worker says is on the screen already
+            said = (left_word(self._folder, c.name) for c in bad if c not in self._workers)
+            how += "".join(f"; {word[1]}" for word in said if word is not None)
         print(
-            f"dtrain: {culprit} {self._how(culprit)}; stopping the other {rest} process{'' if rest == 1 else 'es'}",
+            f"dtrain: {culprit} {how}; stopping the other {rest} process{'' if rest == 1 else 'es'}",
             file=sys.stderr,
             flush=True,
         )

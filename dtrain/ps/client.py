@@ -41,6 +41,8 @@ _MARGIN_S = 5.0
 _EAGER_LOOKS = 200
 _PATIENCE_S = 0.1
 """How long a worker waits at the board before it tells a server, who then sees to it that somebody comes."""
+_AGAIN_S = 0.5
+"""How long until it tells so again."""
 _STAGED_BYTES = 16 * 2**10
 """From this size on, a tensor that lies elsewhere is copied into shared memory rather than sent."""
 
@@ -340,26 +342,30 @@ class ParameterServer:
     def _watch_board(self, done: Callable[[], bool], key: str, call: int, missing: Callable[[], list[int]]) -> None:
         """Look at the board until `done`, often at first; and at the servers, who know of what goes wrong."""
         start = time.monotonic()
-        told = False
+        told: _Answered | None = None
+        told_s = 0.0
         looks = 0
         with self.lock:
             self.check()
-            while not done():
+            while True:
+                answered = told is not None and told.came  # before the look: what is missing then is to be told again
+                if done():
+                    break
                 looks += 1
                 if looks <= _EAGER_LOOKS:
                     os.sched_yield()
                     continue
                 waited_s = time.monotonic() - start
+                if waited_s > _PATIENCE_S if told is None else answered and waited_s > told_s + _AGAIN_S:
+                    told, told_s = _Answered(), waited_s
+                    self.links[0].ask(wire.Await, key, call, wire.pack_ranks(missing()), take=told)
                 time.sleep(0.0 if waited_s < 0.0005 else min(0.001, waited_s / 20))
                 if looks % 16 == 0:
                     now = time.monotonic()
                     for link in self.links:
                         link.receive()
                         link.look(now, key)
-                if not told and waited_s > _PATIENCE_S:
-                    told = True
-                    self.links[0].ask(wire.Await, key, call, wire.pack_ranks(missing()), take=_ignore)
-            if told:
+            if told is not None:
                 self.links[0].ask(wire.Resume, take=_ignore)
 
     # -- transfers ----------------------------------------------------------------------------------------------------
@@ -542,6 +548,15 @@ class ParameterServer:
             link.close(bye)
         if context is not None:
             context.term()
+
+
+class _Answered:
+    """Whether the answer to a request has come."""
+
+    came = False
+
+    def __call__(self, answer: Answer, payload: memoryview | None) -> None:
+        self.came = True
 
 
 class _Shown:

@@ -81,6 +81,7 @@ class Shard:
         self._terms = terms
         self._rounds = Rounds(terms.timeout_s)
         self._awaits: dict[int, tuple[Await, float]] = {}  # what workers wait for on their common board, and since when
+        self._looks: dict[int, tuple[str, int]] = {}  # who was told to look once more, as one of them has left
         self.store: Store | None = None
 
     def receive(self, session: Session, message: Message, payload: Tensor | None, now: float) -> list[Effect]:
@@ -185,6 +186,7 @@ class Shard:
             return []
         self._rounds.clear()
         self._awaits.clear()
+        self._looks.clear()
         self.store = None
         return [Forget([])]
 
@@ -194,7 +196,7 @@ class Shard:
             return self._lose([member], CommError(f"{member} failed with {reason}"), now)
         if not self.members.complete:
             return self._lose([member], CommError(f"{member} left before all had joined"), now)
-        if waits := self._waits_for(member.rank):
+        if waits := self._needs(member.rank):
             remedy = "it had finished without an error; give every worker the same number of steps"
             return self._fail(CommError(f"{member} left while others waited for its {waits}: {remedy}"))
         self.members.over = True
@@ -244,6 +246,7 @@ class Shard:
     def _fail(self, error: DtrainError, also: Session | None = None) -> list[Effect]:
         self._rounds.clear()
         self._awaits.clear()
+        self._looks.clear()
         self.store = None
         return [Forget([]), *self.members.fail(error, also)]
 
@@ -252,6 +255,10 @@ class Shard:
         for await_, _ in self._awaits.values():
             if rank in await_.ranks:
                 return f"{await_.key}, round {await_.call}"
+        return self._needs(rank)
+
+    def _needs(self, rank: int) -> str:
+        """The same, without the board: what this worker has shown there may not have been seen yet."""
         return self._rounds.waits_for(rank) or (self.store.waits_for(rank) if self.store is not None else "")
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -287,18 +294,26 @@ class Shard:
         self.members.allow(3 * layout.nbytes)  # a gradient, the parameters, and sums of squares
 
     def _await(self, member: Member, request: Await | Resume, now: float) -> list[Effect]:
-        """Workers that sum among themselves tell only what they wait for, so that the late can be named."""
-        self._awaits.pop(member.rank, None)
+        """Workers that sum among themselves tell only what they wait for, again and again: so the late can be named.
+
+        What a worker has shown on the board lies there when it leaves, but others may tell of it still, not having
+        looked since. So who waits for one that has left is answered; only if it then tells of the same is it missing.
+        """
+        before = self._awaits.pop(member.rank, None)
+        looked = self._looks.pop(member.rank, None)
         answered: list[Effect] = list(self.members.answer(member.session, Done(request.seq)))
         if isinstance(request, Resume):
             return answered
-        self._awaits[member.rank] = (request, now)
-        for rank in request.ranks:
-            other = self.members.of_rank(rank)
-            if other is not None and other.left is not None:
-                remedy = "give every worker the same number of steps"
-                text = f"{member} waits for {request.key}, round {request.call}, and {other} has left ({other.left})"
-                return [*answered, *self._fail(CommError(f"{text}: {remedy}"))]
+        what = request.key, request.call
+        same = before is not None and (before[0].key, before[0].call) == what
+        self._awaits[member.rank] = (request, before[1] if before is not None and same else now)
+        left = [m for rank in request.ranks if (m := self.members.of_rank(rank)) is not None and m.left is not None]
+        if left and looked == what:
+            remedy = "give every worker the same number of steps"
+            text = f"{member} waits for {request.key}, round {request.call}, and {left[0]} has left ({left[0].left})"
+            return [*answered, *self._fail(CommError(f"{text}: {remedy}"))]
+        if left:
+            self._looks[member.rank] = what
         if self._rounds.waits_for(member.rank, request.key):
             raise LayoutError(f"{request.key}, round {request.call}: {member} sent less of it than the others")
         return answered

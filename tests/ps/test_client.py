@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ import pytest
 import torch
 import zmq
 
+import dtrain
+from dtrain.comm import collectives
+from dtrain.comm.base import Backend
 from dtrain.errors import CommError, ConnectError, DtrainError, Fenced, Finished, ProtocolError, Rewound, UsageError
 from dtrain.ps import sockets, wire
 from dtrain.ps.client import ParameterServer
@@ -170,6 +174,33 @@ def test_an_answer_that_comes_twice_counts_once():
             assert flat.tolist() == [7.0, 7.0]
         worker.close()
     assert len({m.seq for m in asked if isinstance(m, wire.Add)}) == 3
+
+
+def stopped_at_the_board(comm: Backend) -> int:
+    """Worker 1 waits at the board, tells the server so, and is stopped; worker 0 comes there meanwhile, and leaves."""
+    if comm.rank == 1:
+        script = "sleep 0.5; kill -STOP $PPID; sleep 2.5; kill -CONT $PPID"
+        stopper = subprocess.Popen(["sh", "-c", script])
+    else:
+        time.sleep(1.5)
+    collectives.barrier(comm)
+    if comm.rank == 1:
+        stopper.wait()
+    return comm.rank
+
+
+def test_who_leaves_when_all_is_shown_is_not_missed():
+    assert dtrain.run(stopped_at_the_board, workers=2, backend="ps") == [0, 1]
+
+
+def leaves_early(comm: Backend) -> None:
+    if comm.rank == 0:
+        collectives.barrier(comm)
+
+
+def test_who_leaves_without_having_shown_is_named():
+    with pytest.raises(CommError, match=r"worker 1 .* has left"):
+        dtrain.run(leaves_early, workers=2, backend="ps")
 
 
 def test_a_server_that_says_nothing_after_hello():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtrain.ps import wire
 from dtrain.ps.members import Send
-from dtrain.ps.wire import Add, AddShared, Bye, Done, Sum
+from dtrain.ps.wire import Add, AddShared, Await, Bye, Done, Resume, Sum
 from tests.ps.acting import Host, session
 from tests.ps.test_members import away, failed, joined, tick
 
@@ -122,6 +123,53 @@ def test_a_lost_connection_names_the_worker_and_what_it_owed():
     assert "worker 1 (pid 101 on host1) is gone" in text
     assert "while others waited for its gradient/0, round 0" in text
     assert away(host, 0, 2.0) == []  # the first fault counts
+
+
+# -- the board, where workers sum among themselves
+
+
+def await_(host: Host, rank: int, missing: list[int], *, seq: int, call: int = 3, now: float = 2.0) -> list[Send]:
+    message = Await(seq, seq, "metric/barrier", call, wire.pack_ranks(missing))
+    return host.receive(session(rank), message, None, now)
+
+
+def answer(rank: int, seq: int) -> list[Send]:
+    return [Send(session(rank), Done(seq))]
+
+
+def test_who_shows_its_part_and_leaves_is_not_missed():
+    host = joined()
+    assert await_(host, 0, [1], seq=0) == answer(0, 0)
+    assert host.receive(session(1), Bye("")) == []  # it lies on the board by now
+    assert host.receive(session(0), Resume(1, 1)) == answer(0, 1)
+    assert host.receive(session(0), Bye("")) == []
+    assert host.shard.members.finished
+
+
+def test_who_told_of_one_that_left_looks_once_more():
+    host = joined(3)
+    host.receive(session(1), Bye(""))
+    assert await_(host, 0, [1, 2], seq=0) == answer(0, 0)  # under way when worker 1 left, perhaps
+    assert await_(host, 2, [1], seq=0) == answer(2, 0)
+    assert host.receive(session(0), Resume(1, 1)) == answer(0, 1)
+    assert await_(host, 0, [1], seq=2, call=4) == answer(0, 2)  # another one
+    told, kind, text = failed([s for s in await_(host, 0, [1], seq=3, call=4) if s not in answer(0, 3)])
+    assert (told, kind) == ({session(0), session(2)}, "CommError")
+    assert "worker 0 (pid 100 on host0) waits for metric/barrier, round 4, and worker 1" in text
+    assert "has left (it had finished): give every worker the same number of steps" in text
+
+
+def test_the_late_one_is_named_however_often_it_is_told_of():
+    host = joined(2, timeout_s=10.0)
+    for seq, now in enumerate((2.0, 5.0, 8.0, 11.0)):
+        assert await_(host, 0, [1], seq=seq, now=now) == answer(0, seq)
+    assert tick(host, 11.9) == []
+    told, kind, text = failed(tick(host, 12.1))
+    assert (told, kind) == ({session(0)}, "CommError")
+    assert "worker 1 (pid 101 on host1): late with metric/barrier, round 3" in text
+
+
+# -- time
 
 
 def test_the_late_worker_is_named():
