@@ -66,8 +66,8 @@ class Learning:
     noise_scale: bool = False
     """Measure the gradient noise scale, which tells how large a batch pays; in metrics.jsonl, and advice at the end."""
     adapt_batch: _Count = None
-    """Let the global batch follow the gradient noise scale, up to N samples, and the rate by --lr-scaling; without
-    that, by AdaScale's gain."""
+    """With a --schedule: let the global batch follow the gradient noise scale, up to N samples, and the rate by
+    --lr-scaling; without that, by AdaScale's gain."""
     curvature_samples: _Count = None
     """At the end, measure the Hessian on N training samples: its largest eigenvalues and trace, and Keskar's sharpness;
     in summary.json. Ten to a hundred gradients over them."""
@@ -88,6 +88,10 @@ class Learning:
                 f"schedule is {self.schedule!r} and milestones are {list(self.milestones)}: --schedule decay needs "
                 "--milestones, and no other schedule has them"
             )
+        if self.schedule != "decay" and self.decay_by != 0.1:
+            raise UsageError(f"decay_by is {self.decay_by} with schedule {self.schedule!r}: --schedule decay has it")
+        if self.schedule == "constant" and self.grow_batch is not None:
+            raise UsageError(f"grow_batch is {self.grow_batch} with a constant schedule: nothing falls; --adapt-batch?")
         for name in ("warmup_epochs", "grow_batch", "adapt_batch"):
             if self.schedule == "recipe" and getattr(self, name) is not None:
                 raise UsageError(
@@ -238,3 +242,12 @@ def curvature(trainer: Trainer, recipe: Recipe, samples: int, *, progress: bool)
         "trace_standard_error": trace.standard_error,
         "sharpness": found.value,
     }
+
+
+def curvature_words(found: dict[str, Any]) -> str:
+    """The same in one line."""
+    values = ", ".join(f"{value:.4g}" for value in found["eigenvalues"])
+    return (
+        f"curvature on {found['samples']} samples: largest eigenvalues {values}; trace {found['trace']:.4g} ± "
+        f"{found['trace_standard_error']:.2g}; sharpness {found['sharpness']:.4g}"
+    )

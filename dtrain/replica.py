@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ _SHARE_TOLERANCE = 0.05  # the sum may be in half precision
 _replicas: weakref.WeakSet[Replica] = weakref.WeakSet()
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Looks at each worker's gradients before they are summed: see `Replica.observe`."""
 
@@ -234,8 +235,11 @@ class Replica:
         """From now on let an observer see each `backward` of this replica begin, and each step's last one end.
 
         Raises:
-            UsageError: with any update but `worker`: workers do not get the mean gradient.
+            UsageError: with any update but `worker`: workers do not get the mean gradient; what does not observe, or
+                does already.
         """
+        if not isinstance(observer, Observer) or any(observer is other for other in self._observers):
+            raise UsageError(f"{observer!r} cannot observe, or does already: give a GradientNoise, once")
         if isinstance(self._exchange, Pushes) or self._primary is not None:
             raise UsageError("observe() needs the mean gradient on every worker: give update='worker'")
         self._observers.append(observer)

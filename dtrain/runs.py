@@ -28,7 +28,7 @@ from dtrain.config import TrainConfig
 from dtrain.data import Loader, to_device
 from dtrain.errors import UsageError
 from dtrain.hooks import Checkpoint, Evaluate, Hook, JsonLog, Precise, Prometheus, TensorBoard
-from dtrain.learning import curvature, describe, make_optimizer, make_schedule
+from dtrain.learning import curvature, curvature_words, describe, make_optimizer, make_schedule
 from dtrain.outcome import asked_for, summarise_run, write_record
 from dtrain.recipes import Recipe
 from dtrain.resuming import (
@@ -100,6 +100,8 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
         summary["curvature"] = curvature(trainer, recipe, spec.curvature_samples, progress=progress)
         if comm.rank == 0 and folder is not None:
             write_record(folder / "summary.json", summary)
+        if comm.rank == 0 and spec.progress:
+            print(f"dtrain: {curvature_words(summary['curvature'])}", file=sys.stderr, flush=True)
     collectives.barrier(comm)
     return summary
 

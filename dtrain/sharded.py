@@ -81,7 +81,7 @@ class Sharded:
         self._comm = comm
         self._buckets = list(buckets)
         self._update = update
-        self._spec = spec_of(update.optimizer)
+        self._spec = spec_of(update.optimizer, "workers that keep parts")
         if self._spec.whole:
             raise UsageError(f"{self._spec.name} needs whole tensors, and workers keep parts: give update='worker'")
         self._like, self._pieces = whole_pieces(update.optimizer, [bucket.named for bucket in buckets], model)

@@ -17,6 +17,7 @@ from dtrain.largebatch import (
     GradientNoise,
     Rule,
     Schedule,
+    Setting,
     adascale_gain,
     advise,
     constant,
@@ -47,6 +48,11 @@ class Steer(Hook):
             optimizer: its rates, as they are now, are what the course's factors multiply.
             samples: of the data set: those of an epoch.
         """
+        if not isinstance(first := course(0.0), Setting):
+            raise UsageError(
+                f"the course gave {first!r} for the beginning, and not a Setting: make one of a schedule by "
+                "largebatch.steady(schedule, batch), or by grow"
+            )
         self._rates = _Rates(optimizer, samples)
         self._course = course
 
@@ -79,6 +85,8 @@ class NoiseScale(Hook):
         Args:
             every, window, optimizer: as of `dtrain.largebatch.GradientNoise`.
         """
+        if every < 1 or window < 1:
+            raise UsageError(f"every is {every}, window {window}: numbers of steps, 1 or more")
         self._every, self._window, self._optimizer = every, window, optimizer
         self._saved: dict[str, Any] | None = None  # what is to be loaded when there is something to measure
         self._noise: GradientNoise | None = None
@@ -167,6 +175,8 @@ class AdaptBatch(NoiseScale):
             ask_every: steps from one decision to the next.
             every, window: as of `dtrain.largebatch.GradientNoise`.
         """
+        if not isinstance(rule, Rule):
+            raise UsageError(f"rule is {rule!r}: give a largebatch.Rule, such as Rule(largest=4096)")
         if ask_every < 1:
             raise UsageError(f"ask_every is {ask_every}: a number of steps, 1 or more")
         if lr_scaling not in (*RULES, "adascale"):

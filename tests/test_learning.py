@@ -101,6 +101,8 @@ def test_hooks_for_the_noise() -> None:
         ({"schedule": "cosine", "grow_batch": 32}, "max_batch is 32 and batch 64"),
         ({"schedule": "cosine", "adapt_batch": 32}, "no multiple of"),
         ({"schedule": "cosine", "grow_batch": 128, "steps": 9}, "give --epochs"),
+        ({"schedule": "cosine", "decay_by": 0.5}, "decay_by is 0.5 with schedule 'cosine'"),
+        ({"schedule": "constant", "grow_batch": 128}, "nothing falls"),
         ({"base_batch": 32}, "base_batch is 32 without lr_scaling"),
         ({"momentum": 1.0}, "momentum is 1.0: 0 or more, and below 1"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0: 0 or more"),

@@ -151,6 +151,14 @@ def test_what_the_command_refuses(
     assert (found, said in err) == (code, True), err
 
 
+def test_a_profile_of_another_recipe_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    replace(PROFILE, recipe="fashion width=8").save(tmp_path / "fashion.json")
+    code, _, err = call(capsys, "digits", "--profile", tmp_path / "fashion.json")
+    assert code == 64
+    assert "is of fashion: `dtrain plan fashion --profile ...`" in err
+    assert call(capsys, "fashion", "--profile", tmp_path / "fashion.json")[0] == 0
+
+
 def test_what_is_said_of_halves_and_of_shards():
     halves = replace(PROFILE, send_as="bf16")
     assert "Gradients travel as bf16." in plan.about(halves, plan.Wanted())

@@ -240,3 +240,9 @@ def test_what_cannot_be_meant() -> None:
         AdaptBatch(optimizer, Rule(), samples=8, lr_scaling="cubic")
     with pytest.raises(UsageError, match="ask_every is 0"):
         AdaptBatch(optimizer, Rule(), samples=8, ask_every=0)
+    with pytest.raises(UsageError, match=r"rule is 512: give a largebatch\.Rule"):
+        AdaptBatch(optimizer, 512, samples=8)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"the course gave 1\.0 for the beginning"):
+        Steer(optimizer, constant(), samples=8)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="every is 0"):
+        NoiseScale(every=0)

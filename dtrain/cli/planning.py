@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import arg
 
@@ -23,7 +23,7 @@ from dtrain.measure.predict import INTERVAL
 from dtrain.measure.profile import Profile, load
 from dtrain.probe import probe
 from dtrain.room import Room, room
-from dtrain.spec import RunSpec, Task
+from dtrain.spec import Name, RunSpec, Task
 
 _VERIFY_STEPS = 40
 _MOST_PROBED = 512
@@ -134,6 +134,9 @@ class PlanCommand(Task):
             profile = load(Path(self.profile))
             if profile.send_as != self.send_as:
                 raise UsageError(f"--profile {self.profile} was probed with --send-as {profile.send_as}: probe again")
+            known = profile.recipe.split()[:1]
+            if known and known[0] in get_args(Name) and known[0] != self.recipe:
+                raise UsageError(f"--profile {self.profile} is of {known[0]}: `dtrain plan {known[0]} --profile ...`")
             return profile
         spec = self._spec()
         recipe_batch = self.global_batch or spec.build().global_batch

@@ -81,6 +81,8 @@ class Rule:
             raise UsageError(f"jump is {self.jump}: a factor, 1 or more")
         if self.smallest < 1 or self.multiple_of < 1:
             raise UsageError(f"smallest is {self.smallest}, multiple_of {self.multiple_of}: samples, 1 or more")
+        if self.largest is not None and self.largest < 1:
+            raise UsageError(f"largest is {self.largest}: samples, 1 or more; None for no limit")
         if self._least > self._most:
             raise UsageError(
                 f"no multiple of {self.multiple_of} lies from {self.smallest} to {self.largest}: widen them"

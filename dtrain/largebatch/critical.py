@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtrain.errors import UsageError
+from dtrain.largebatch.noise_estimate import check_confidence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,14 @@ class Fit(TradeOff):
 def step_efficiency(batch: float, noise_scale: float) -> float:
     """1 / (1 + B_noise / B): what one step brings, compared with a step on the true gradient (section 2.2)."""
     _check_batch(batch)
+    _check_noise(noise_scale)
     return 1 / (1 + noise_scale / batch)
 
 
 def sample_efficiency(batch: float, noise_scale: float) -> float:
     """1 / (1 + B / B_noise): what one sample brings, compared with one in the smallest batches (section 2.3)."""
     _check_batch(batch)
+    _check_noise(noise_scale)
     return noise_scale / (noise_scale + batch)
 
 
@@ -91,6 +94,7 @@ def adascale_gain(scale: float, noise_scale: float, *, base_batch: float) -> flo
     followed when it is read at the sum of gains, not at the number of steps.
     """
     _check_batch(base_batch)
+    _check_noise(noise_scale)
     if not scale > 0:
         raise UsageError(f"scale is {scale}: the batch over the base batch, above 0")
     if math.isinf(noise_scale):
@@ -111,8 +115,9 @@ def fit(batches: Sequence[float], steps: Sequence[float], *, confidence: float =
             two runs.
 
     Raises:
-        UsageError: too few pairs, or numbers that are not above 0.
+        UsageError: too few pairs, or numbers that are not above 0; a confidence that is no probability.
     """
+    check_confidence(confidence)
     b, s = np.asarray(batches, dtype=np.float64), np.asarray(steps, dtype=np.float64)
     if b.shape != s.shape or len(set(b.tolist())) < 2:
         raise UsageError(
@@ -149,3 +154,8 @@ def fit(batches: Sequence[float], steps: Sequence[float], *, confidence: float =
 def _check_batch(batch: float) -> None:
     if not batch > 0:
         raise UsageError(f"batch is {batch}: a number of samples, above 0")
+
+
+def _check_noise(noise_scale: float) -> None:
+    if noise_scale < 0:  # NaN, not identifiable, stays NaN
+        raise UsageError(f"noise_scale is {noise_scale}: samples, 0 or more")

@@ -217,7 +217,8 @@ class LossSurface:
                 seen += count
                 mean = self._loss(self.model, batch)
                 if mean.dim() or not mean.requires_grad:
-                    raise UsageError(f"the loss must be a scalar that depends on the parameters; it is {mean}")
+                    what = f"of shape {tuple(mean.shape)}" if mean.dim() else "a number that does not"
+                    raise UsageError(f"the loss must be a scalar that depends on the parameters; it is {what}")
                 total[0] += mean.detach().to(total) * (count / self.samples)
                 if term is not None:
                     total[1:].add_(term(mean, list(leaves.values())).to(total), alpha=count / self.samples)

@@ -54,6 +54,9 @@ class Estimates:
     skipped: int
     """Measured steps that were left out: a gradient was not finite, or not this step's alone, or Adam had no v yet."""
 
+    def __str__(self) -> str:
+        return str(self.whole)
+
 
 class GradientNoise:
     """Measures the gradient noise scale; a `Replica` is to observe with it."""

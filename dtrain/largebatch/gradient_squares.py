@@ -104,9 +104,12 @@ class Piece:
     """By position of the parameter."""
     twice: bool = False
     """Whether a parameter got two gradients in one backward, whose sum is not known."""
+    any: bool = False
+    """Whether any parameter got a gradient yet."""
 
     def see(self, index: int, gradient: Tensor) -> None:
         """A parameter gets this gradient."""
+        self.any = True
         if index in self.squares:
             self.twice = True
         if gradient.layout is not torch.strided:
@@ -211,7 +214,7 @@ class Measurement:
         """The step is over, and `.grad` holds the mean, which one worker alone takes."""
         self._own += self._piece.take(self._weight)
         self.close()
-        spoilt = self._spoilt or self._piece.twice
+        spoilt = self._spoilt or self._piece.twice or bool(self._pieces and not self._piece.any)
         if takes_mean:
             self._piece.see_all([p.grad for p in self._parameters])
         mean = self._piece.take(self._loss_scale**-2)

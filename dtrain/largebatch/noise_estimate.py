@@ -126,11 +126,12 @@ def estimate(steps: Sequence[Sums], *, confidence: float = 0.95, population: flo
 
 def estimate_table(table: Floats, *, confidence: float = 0.95, population: float | None = None) -> Estimate:
     """`estimate`, of a table [steps, 4] of the fields of `Sums`."""
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence is {confidence}: a probability between 0 and 1, such as 0.95")
+    check_confidence(confidence)
+    if population is not None and not population > 0:
+        raise UsageError(f"population is {population}: samples of the training set, above 0")
     used = table[table[:, 0] > 1]
     if not len(used):
-        doubt = _ONE_PIECE if len(table) else "no step was measured yet"
+        doubt = _ONE_PIECE if len(table) else _NO_STEP
         unknown = {"noise": math.nan, "square": math.nan, "scale": math.nan}
         return Estimate(
             **unknown, low=0.0, high=math.inf, confidence=confidence, steps=0, samples=math.nan, doubt=doubt
@@ -140,7 +141,7 @@ def estimate_table(table: Floats, *, confidence: float = 0.95, population: float
         found[:, 1] += found[:, 0] / population
     weights = used[:, 0] - 1
     noise, square = (weights @ found / weights.sum()).tolist()
-    low, high = _interval(found, weights, confidence)
+    low, high = map(float, _interval(found, weights, confidence))
     doubt = ""
     if len(used) == 1:
         doubt = "one step was measured, and the spread over steps is not known: measure more"
@@ -163,6 +164,20 @@ _ONE_PIECE = (
     "a step had one sample of the gradient, whose noise cannot be told from it: use more workers, or micro-batches "
     "smaller than a worker's share"
 )
+
+
+_NO_STEP = (
+    "no step was measured yet: a Replica has to observe it, with this model, and to be the one that calls backward"
+)
+
+
+def check_confidence(confidence: float) -> None:
+    """
+    Raises:
+        UsageError: it is no probability.
+    """
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence is {confidence}: a probability between 0 and 1, such as 0.95")
 
 
 def _interval(found: Floats, weights: Floats, confidence: float) -> tuple[float, float]:

@@ -27,6 +27,8 @@ def decay(milestones: Sequence[float], factor: float = 0.1) -> Schedule:
     Raises:
         UsageError: milestones that do not rise, or a factor that is not between 0 and 1.
     """
+    if not isinstance(milestones, Sequence):
+        raise UsageError(f"milestones is {milestones}: give a list of epochs, such as [30, 60, 80]")
     if any(a >= b for a, b in pairwise(milestones)) or any(m <= 0 for m in milestones):
         raise UsageError(f"milestones are {list(milestones)}: give epochs above 0, each later than the one before")
     if not 0 < factor < 1:

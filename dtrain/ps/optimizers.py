@@ -88,17 +88,20 @@ class OptimizerSpec:
         return self.name in LAYERWISE
 
 
-def spec_of(optimizer: Optimizer) -> OptimizerSpec:
+def spec_of(optimizer: Optimizer, who: str = "servers") -> OptimizerSpec:
     """What makes this optimizer again on a server.
+
+    Args:
+        who: is to step it, for the words of an error.
 
     Raises:
         UsageError: an optimizer that servers cannot step, and why.
     """
-    name = _name(optimizer)
+    name = _name(optimizer, who)
     for g, group in enumerate(optimizer.param_groups):
         for flag in ("differentiable", "capturable"):
             if group.get(flag):
-                raise UsageError(f"optimizer has {flag}=True in group {g}: servers cannot do that; leave it out")
+                raise UsageError(f"optimizer has {flag}=True in group {g}: {who} cannot do that; leave it out")
         if group.get("decoupled_weight_decay", True) is not optimizer.defaults.get("decoupled_weight_decay", True):
             raise UsageError(f"decoupled_weight_decay of group {g} is changed: give it to the optimizer's constructor")
     try:
@@ -169,17 +172,15 @@ def decode_hyper(spec: OptimizerSpec, data: object) -> Hyper:
         raise ProtocolError(f"hyperparameters of {spec.name}: {error}") from error
 
 
-def _name(optimizer: Optimizer) -> str:
+def _name(optimizer: Optimizer, who: str = "servers") -> str:
     """Of an optimizer that servers can step."""
     name = type(optimizer).__name__
     if name in CLASSES and type(optimizer) is CLASSES[name][0]:
         return name
     reason = _REASONS.get(name, "") if type(optimizer).__module__.startswith("torch.optim.") else ""
-    reason = reason or "it is not a class of torch.optim or dtrain.optim, and servers run no code of workers"
+    reason = reason or f"it is not a class of torch.optim or dtrain.optim, and {who} make it anew from its name"
     can = ", ".join(sorted(CLASSES))
-    raise UsageError(
-        f"optimizer is {name}: servers cannot step it, because {reason}; let workers step it, or use {can}"
-    )
+    raise UsageError(f"optimizer is {name}: {who} cannot step it, because {reason}; give update='worker', or use {can}")
 
 
 @cache

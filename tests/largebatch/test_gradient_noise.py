@@ -417,6 +417,32 @@ def test_without_samples_it_says_what_to_tell():
         loop.replica.backward(F.mse_loss(loop.model(x), y))
 
 
+def test_of_another_model_nothing_is_measured():
+    loop = Loop(pieces=2)
+    stranger = GradientNoise(model_of(), Solo(), every=1)
+    loop.replica.observe(stranger)
+    loop.step(0)
+    found = stranger.estimate()
+    assert (found.whole.steps, found.skipped) == (0, 1)
+    assert "a Replica has to observe it, with this model" in str(found)
+
+
+def test_what_cannot_observe_and_what_does_already():
+    loop = Loop(pieces=2)
+    for wrong in (3, loop.noise):
+        with pytest.raises(UsageError, match="cannot observe, or does already"):
+            loop.replica.observe(wrong)
+
+
+def test_ends_of_an_interval_are_plain_numbers():
+    """As they become rates of an optimizer, which is saved without NumPy's types."""
+    loop = Loop(pieces=2)
+    for step in range(6):
+        loop.step(step)
+    whole = loop.noise.estimate().whole
+    assert {type(whole.low), type(whole.high), type(whole.scale)} == {float}
+
+
 def test_servers_that_update_are_refused():
     def start(comm: Backend) -> None:
         model = model_of()

@@ -148,7 +148,14 @@ def test_the_rule_keeps_its_bounds(scale, batch, ratio, unit, bounds, jump, shri
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"ratio": 0}, {"jump": 0.9}, {"smallest": 0}, {"largest": 3, "smallest": 4}, {"largest": 7, "multiple_of": 8}],
+    [
+        {"ratio": 0},
+        {"largest": 0},
+        {"jump": 0.9},
+        {"smallest": 0},
+        {"largest": 3, "smallest": 4},
+        {"largest": 7, "multiple_of": 8},
+    ],
 )
 def test_rules_that_cannot_be_meant_are_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong)) if len(wrong) == 1 else "no multiple"):

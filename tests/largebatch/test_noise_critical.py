@@ -125,3 +125,16 @@ def test_a_batch_has_samples():
             call(0, 10)
     with pytest.raises(UsageError, match="scale is 0"):
         adascale_gain(0, 10, base_batch=8)
+
+
+def test_a_noise_scale_is_no_less_than_0_and_a_confidence_a_probability():
+    for call in (
+        lambda: step_efficiency(8, -1),
+        lambda: sample_efficiency(8, -1),
+        lambda: adascale_gain(2, -1, base_batch=8),
+    ):
+        with pytest.raises(UsageError, match="noise_scale is -1"):
+            call()
+    assert math.isnan(step_efficiency(8, math.nan))
+    with pytest.raises(UsageError, match="confidence is 95"):
+        fit([8, 16, 32], [90, 60, 50], confidence=95)

@@ -104,6 +104,7 @@ def test_steps_of_a_batch_that_stays(samples: int, batch: int, epochs: int) -> N
         (lambda: decay([2, 2]), "milestones"),
         (lambda: decay([0]), "milestones"),
         (lambda: decay([1], 1.0), "factor is 1.0"),
+        (lambda: decay(30), "milestones is 30: give a list"),  # type: ignore[arg-type]
         (lambda: cosine(0), "epochs is 0"),
         (lambda: polynomial(1, 0), "power is 0"),
         (lambda: warm_up(constant(), -1), "-1 epochs"),
