@@ -20,6 +20,11 @@ import torch
 
 from dtrain.tables import table
 
+ROOT = Path(__file__).parents[1]
+
+_RESULTS = [f":!benchmarks/{name}" for name in ("results", "claims/results", "claims/README.md")]
+"""What a run writes itself."""
+
 Row = dict[str, Any]
 
 Times = tuple[Sequence[float], Sequence[float]]
@@ -120,7 +125,7 @@ def record(rows: Sequence[Row], file: Path | None, **more: object) -> None:
 def write(file: Path, rows: Sequence[Row], **more: object) -> None:
     """Write rows with what is needed to run them again."""
     contents = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(word.removeprefix(f"{ROOT}/") for word in sys.argv)]),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
@@ -132,18 +137,15 @@ def write(file: Path, rows: Sequence[Row], **more: object) -> None:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a plus where files differ from it."""
+    """The commit that is checked out, with a plus where files differ from it, other than those of results."""
     try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
+        head, changes = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", *_RESULTS])
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return out.stdout.strip()
+    return f"{head}+" if changes else head
 
 
 def versions() -> dict[str, str]:
