@@ -56,14 +56,13 @@ class Case:
 RESNET = {"model": "resnet", "image": "64"}
 MLP = {"model": "mlp", "hidden": "256"}
 CASES = [
-    Case("resnet18, batch 32", RESNET, 32, 10, 8, 10, goal=1.01),
+    Case("mlp of a 10 ms step", MLP, 128, 20, 60, 20, goal=1.01),
+    Case("mlp of a 10 ms step, Adam's", MLP, 128, 20, 60, 20, adam=True, goal=1.01),
+    Case("resnet18, batch 32", RESNET, 32, 20, 4, 20, goal=1.01),
     Case("resnet18, batch 32", RESNET, 32, 1, 8, 4),
-    Case("resnet18, batch 32, Adam's", RESNET, 32, 10, 4, 10, adam=True, goal=1.01),
-    Case("mlp of a 10 ms step", MLP, 128, 10, 200, 10, goal=1.01),
-    Case("mlp of a 10 ms step", MLP, 128, 1, 100, 10),
-    Case("mlp of a 10 ms step, Adam's", MLP, 128, 10, 200, 10, adam=True, goal=1.01),
+    Case("resnet18, batch 32, Adam's", RESNET, 32, 20, 4, 20, adam=True, goal=1.01),
 ]
-QUICK = [Case("mlp of a 10 ms step", MLP, 128, 10, 12, 10, goal=1.01)]
+QUICK = [Case("mlp of a 10 ms step", MLP, 128, 20, 6, 20, goal=1.01)]
 
 
 class Loop:

@@ -144,7 +144,7 @@ def make_schedule(
     hooks: list[Hook] = []
     second = isinstance(optimizer, torch.optim.Adam)  # and so AdamW
     if spec.noise_scale and spec.adapt_batch is None:
-        every = max(1, min(10, steps // 100)) if steps else 10  # a hundred samples, where a run is short
+        every = max(1, min(20, steps // 100)) if steps else 20  # a hundred samples, where a run is short
         hooks.append(NoiseScale(every=every, optimizer=optimizer if second else None))
     if spec.schedule == "recipe":
         return (recipe.schedule(optimizer, steps) if recipe.schedule else None), hooks

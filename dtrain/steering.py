@@ -80,7 +80,7 @@ class NoiseScale(Hook):
     `noise_high`, all in samples; NaN where it is not identifiable. Nothing but the records changes.
     """
 
-    def __init__(self, *, every: int = 10, window: int = 100, optimizer: Optimizer | None = None) -> None:
+    def __init__(self, *, every: int = 20, window: int = 100, optimizer: Optimizer | None = None) -> None:
         """
         Args:
             every, window, optimizer: as of `dtrain.largebatch.GradientNoise`.

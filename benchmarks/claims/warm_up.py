@@ -107,9 +107,9 @@ def picture(rows: Sequence[Row], ink: Ink) -> Figure:
         runs = curves(rows, way)
         for losses in runs:
             axes.plot(range(1, UPDATES + 1), losses, color=ink(colour), linewidth=1.0, alpha=0.6)
-        beside(axes, way, UPDATES, min(10.0, statistics.median(losses[-1] for losses in runs)), ink(colour))
-    axes.axhline(GUESSING, color=ink("muted"), linewidth=1.0, linestyle="--")
-    beside(axes, "guessing", UPDATES, 1.12 * GUESSING, ink("muted"))
+        beside(axes, way, UPDATES, min(GUESSING / 1.25, statistics.median(losses[-1] for losses in runs)), ink(colour))
+    axes.plot([1, UPDATES], [GUESSING, GUESSING], color=ink("muted"), linewidth=1.0, linestyle="--")
+    beside(axes, "guessing", UPDATES, GUESSING, ink("muted"))
     logarithmic(axes)
     axes.set_ylim(0.4, 10 * GUESSING)
     axes.set_xlim(1, 1.25 * UPDATES)

@@ -5,9 +5,9 @@
     ...                                   # the loop, with replica.backward(loss, **share)
     print(noise.estimate())               # on all workers, whenever it is wanted
 
-Every tenth step, hooks take the squared norm of each gradient that a backward brings to a parameter, before it is added
-to `.grad`; at the end of the step, worker 0 takes that of the mean. Nothing is sent until the figures are asked for.
-What follows from them is in `noise_estimate`.
+Every twentieth step, hooks take the squared norm of each gradient that a backward brings to a parameter, before it is
+added to `.grad`; at the end of the step, worker 0 takes that of the mean. Nothing is sent until the figures are asked
+for. What follows from them is in `noise_estimate`.
 
 One worker with one micro-batch a step gives one sample of the gradient, from which the noise scale is not identifiable.
 The difference of two steps' gradients is no second sample: its square also holds that of the change of the true
@@ -66,7 +66,7 @@ class GradientNoise:
         model: nn.Module,
         comm: Backend,
         *,
-        every: int = 10,
+        every: int = 20,
         window: int = 100,
         group: Callable[[str], str] = by_module,
         optimizer: Optimizer | None = None,
