@@ -105,7 +105,7 @@ def show(rows: Sequence[Row]) -> str:
             [
                 *(row["case"], row["contender"], row["baseline"]),
                 f"{row['ratio_median']:.3f}",
-                f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}",
+                f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" if "ratio_low" in row else "-",  # an older record
                 *(f"{row[f'ratio_{name}']:.3f}" for name in ("min", "max")),
                 *(f"{row[f'{name}_ms']:.1f}" for name in ("contender", "baseline")),
                 str(row["rounds"]),

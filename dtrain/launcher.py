@@ -311,14 +311,13 @@ class _Job:
         while time.monotonic() < deadline and not all(c.ended() or c.stopped() for c in self._children):
             self._look()
             time.sleep(0.05)
-        saved = [c for c in bad if self._code(c) == Preempted.exit_code]
-        if saved:  # another host may have been asked
+        everyone = [c for c in self._children if c.ended() and c.process.returncode != 0]
+        if any(self._code(c) == Preempted.exit_code for c in bad + everyone):  # another host may have been asked
             self._say("state saved; start again with --resume to go on")
             return Preempted.exit_code
         if self._asked_to_save and any(c.process.returncode == -signal.SIGTERM for c in self._workers):
             raise _Signalled(self._asked_to_save)  # it had not begun, or saves nothing
         # Whoever ends with 69 complains about somebody else: look for the one who does not, or who is stopped.
-        everyone = [c for c in self._children if c.ended() and c.process.returncode != 0]
         own = [c for c in bad + everyone if self._code(c) != CommError.exit_code]
         stopped = [c for c in self._children if not c.ended() and c.stopped()]
         early = [c for c in self._children if c.process.returncode == 0]

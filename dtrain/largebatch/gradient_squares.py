@@ -66,6 +66,7 @@ class SecondMoments:
             raise UsageError(f"optimizer is {kind}, which keeps no second moments: leave it out, or give Adam or AdamW")
         self._state = optimizer.state
         self._group = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self._scratch: dict[torch.dtype, Tensor] = {}  # what is allocated anew costs more than the division
 
     @property
     def known(self) -> bool:
@@ -86,9 +87,14 @@ class SecondMoments:
             gradient = gradient.expand_as(v).contiguous()
             v = v.contiguous()
         rest = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
+        flat = _flat(v)
+        if flat.dtype not in self._scratch:
+            self._scratch[flat.dtype] = flat.new_empty(_CHUNK)
+        scratch = self._scratch[flat.dtype]
         sums = []  # sqrt(v / rest²) + eps = (sqrt(v) + eps rest) / rest
-        for numbers, below in zip(_flat(gradient).split(_CHUNK), _flat(v).split(_CHUNK), strict=True):
-            divided = below.sqrt().add_(group["eps"] * rest)
+        for numbers, below in zip(_flat(gradient).split(_CHUNK), flat.split(_CHUNK), strict=True):
+            divided = scratch[: below.numel()]
+            torch.sqrt(below, out=divided).add_(group["eps"] * rest)
             torch.div(numbers, divided, out=divided)
             sums.append(torch.dot(divided, divided).item())
         return math.fsum(sums) * rest**2
