@@ -268,3 +268,35 @@ def test_what_reads_alike_is_not_called_better():
     assert overview._best([1.01, None, 2.0, 2.01], 1, write) == {2, 3}
     assert overview._best([1.0, 2.0], -1, write) == {0}
     assert overview._best([1.0, 2.0], 0, write) == set()
+
+
+def with_noise(run, **fields):
+    """Rows of metrics.jsonl with what `NoiseScale`, `AdaptBatch` or `Steer` add to them."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for at, row in enumerate(rows):
+        row |= {name: value(at) for name, value in fields.items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_batch_that_follows_the_noise_is_drawn_with_its_reasons(run):
+    with_noise(
+        run,
+        noise_scale=lambda at: 30.0 * 2**at,
+        noise_low=lambda at: 20.0 * 2**at,
+        noise_high=lambda at: None if at % 2 else 50.0 * 2**at,
+        global_batch=lambda at: 64 if at < 3 else 256,
+    )
+    change(run, "summary.json", decisions=[{"step": 20, "batch": 256, "reason": "1 x noise scale 240 & more"}, "odd"])
+    page = render([runfiles.read(run)])
+    assert "Batch and noise" in page
+    assert "The global batch went from 64 to 256 samples" in page
+    assert "1 x noise scale 240 &amp; more" in page
+    assert "{&#34;step&#34;" not in page  # no raw JSON among the figures
+
+
+def test_a_noise_scale_alone_and_a_batch_that_stays(run):
+    assert "Batch and noise" not in render([runfiles.read(run)])
+    with_noise(run, global_batch=lambda at: 64)
+    assert "Batch and noise" not in render([runfiles.read(run)])
+    with_noise(run, noise_scale=lambda at: 0.0 if at == 0 else 120.0, noise_low=lambda at: 0.0)
+    assert "The noise scale came to 120 samples" in render([runfiles.read(run)])

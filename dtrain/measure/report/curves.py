@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from dtrain.measure.report import words
 from dtrain.measure.report.axes import standing, tick
@@ -31,6 +31,8 @@ class Line:
     colour: str
     dash: str = "-"
     dots: bool = False
+    stairs: bool = False
+    """Whether a value holds until the next one."""
 
 
 def run_line(place: int, label: str, points: Points) -> Line:
@@ -39,7 +41,15 @@ def run_line(place: int, label: str, points: Points) -> Line:
 
 
 def curves(
-    key: str, about: str, lines: Sequence[Line], *, x: str, y: str, percent: bool = False, floor: float | None = None
+    key: str,
+    about: str,
+    lines: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    percent: bool = False,
+    floor: float | None = None,
+    doublings: bool = False,
 ) -> Markup:
     """Curves over each other, each labelled at its end.
 
@@ -47,17 +57,26 @@ def curves(
         x, y: what is on the axes, with units.
         percent: values are parts of one.
         floor: lowest value of the y axis.
+        doublings: whether the y axis is logarithmic; values are above 0 then.
     """
     with style():
         drawn = figure(190)
         axes = drawn.subplots()
         for line in lines:
             xs, ys = zip(*line.points, strict=True)
-            axes.plot(xs, ys, line.dash, color=ink(line.colour), marker="o" if line.dots else "", markersize=3)
+            marker, style_ = "o" if line.dots else "", "steps-post" if line.stairs else "default"
+            axes.plot(xs, ys, line.dash, color=ink(line.colour), marker=marker, markersize=3, drawstyle=style_)
         standing(axes, x, y)
         axes.margins(x=0.01)
         if floor is not None:
             axes.set_ylim(bottom=floor)
+        if doublings:
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_locator(LogLocator(2, numticks=6))
+            axes.yaxis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:.4g}" if value < 1 else f"{value:.0f}")
+            )
+            axes.yaxis.set_minor_locator(NullLocator())
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: words.percent(value)))
         if len(lines) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dtrain.measure.report import bars, figures, findings, words
+from dtrain.measure.report import bars, curves, figures, findings, words
 from dtrain.measure.report.blocks import Cell, Picture, Section, Table
 from dtrain.measure.report.prediction import predictions
 from dtrain.measure.runfiles import Record, Run, numbers
@@ -13,8 +13,15 @@ from dtrain.measure.runfiles import Record, Run, numbers
 MOST_WORKERS = 32
 """Workers that are shown each by itself."""
 _MOST_LAYERS = 200
-_APART = frozenset(("per_worker", "late", "staleness", "memory", "placement"))
+_APART = frozenset(("per_worker", "late", "staleness", "memory", "placement", "decisions", "noise_scale"))
 """Of the summary: what has a place of its own, or is no single figure."""
+_NOISE = {
+    "noise_scale": ("noise scale", "wait", "-"),
+    "noise_low": ("at least", "wait", ":"),
+    "noise_high": ("at most", "wait", ":"),
+    "global_batch": ("global batch", "backward", "-"),
+}
+"""Of the records: label, colour and dash."""
 
 
 def box_table(workers: Sequence[dict[str, float]], names: Sequence[str]) -> Table:
@@ -83,6 +90,32 @@ def _values(findings_of: Any) -> list[str]:
 
 def _keys(findings_of: Any) -> list[str]:
     return [str(word) for word in findings_of] if isinstance(findings_of, dict | list) else []
+
+
+def batch(run: Run, key: str) -> Section | None:
+    """The gradient noise scale as it was measured, and a global batch that followed it, or a schedule."""
+    found = {name: [(x, y) for x, y in figures.curve(run.records, name) if y > 0] for name in _NOISE}
+    sizes = found["global_batch"]
+    moves = len({size for _, size in sizes}) > 1
+    if not (moves or found["noise_scale"]):
+        return None
+    lines = [
+        curves.Line(label, figures.thin(found[name]), colour, dash, stairs=name == "global_batch")
+        for name, (label, colour, dash) in _NOISE.items()
+        if found[name]
+    ]
+    title = f"The noise scale came to {words.digits(found['noise_scale'][-1][1])} samples" if not moves else ""
+    title = title or f"The global batch went from {sizes[0][1]:g} to {sizes[-1][1]:g} samples"
+    svg = curves.curves(f"{key}-batch", title, lines, x="samples seen", y="samples", doublings=True)
+    caption = "Dotted: the interval of the gradient noise scale." if found["noise_low"] else ""
+    made = run.summary.get("decisions")
+    rows = [one for one in made if isinstance(one, dict)] if isinstance(made, list) else []
+    body = [[Cell(words.plain(row.get(name))) for name in ("step", "batch", "reason")] for row in rows]
+    return Section(
+        title="Batch and noise",
+        pictures=[Picture(title=title, svg=svg, caption=caption)],
+        tables=[Table(head=["step", "batch", "why"], rows=body, words=True)] if body else [],
+    )
 
 
 def memory(run: Run, key: str) -> Section | None:

@@ -28,6 +28,7 @@ def tell(run: Run, key: str, label: str, place: int, plan: Record | None) -> Sto
         _traffic(run, key),
         _late(run, key),
         _staleness(run, key),
+        details.batch(run, key),
         details.batch_norm(run, key),
         details.memory(run, key),
         details.prediction(run, key, plan),
