@@ -56,7 +56,7 @@ class Case:
 
 
 CASES = [
-    Case("resnet18, batch 32", {"model": "resnet", "image": "64"}, 32, 6, EXCHANGE, 1.01),
+    Case("resnet18, batch 32", {"model": "resnet", "image": "64"}, 32, 16, EXCHANGE, 1.01),
     Case("mlp of a 5 ms step", {"model": "mlp", "hidden": "256"}, 64, 300, EXCHANGE, 1.03),
 ]
 QUICK = [Case("mlp of a 5 ms step", {"model": "mlp", "hidden": "256"}, 64, 6, EXCHANGE, 1.03)]
