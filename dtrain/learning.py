@@ -123,6 +123,8 @@ def make_optimizer(spec: Any, recipe: Recipe, model: nn.Module) -> Optimizer:
             if "momentum" not in group:
                 raise UsageError(f"momentum is {spec.momentum}, which {type(made).__name__} has not: leave it out")
             group["momentum"] = spec.momentum
+            if not spec.momentum and "nesterov" in group:  # which needs some
+                group["nesterov"] = False
         group["lr"] = (group["lr"] if spec.lr is None else spec.lr) * factor
     return made
 

@@ -81,6 +81,14 @@ def test_optimizers(name: str, kind: type) -> None:
         assert made(optimizer=name, lr=0.01, momentum=0.5)[1].param_groups[0]["momentum"] == 0.5
 
 
+def test_without_momentum_there_is_none_of_nesterovs() -> None:
+    """A server makes the optimizer anew, and torch refuses the one without the other."""
+    for momentum in (None, 0.5, 0.0):
+        (group,) = made(momentum=momentum)[1].param_groups
+        assert group["nesterov"] == (momentum != 0)
+        torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=group["momentum"], nesterov=group["nesterov"])
+
+
 def test_hooks_for_the_noise() -> None:
     assert isinstance(made(noise_scale=True)[3][0], NoiseScale)
     (hook,) = made(schedule="cosine", adapt_batch=512, noise_scale=True)[3]
