@@ -49,7 +49,7 @@ def _flat(tensor: Tensor) -> Tensor:
     """In one dimension, in float32 or float64."""
     if not tensor.is_contiguous():  # the order does not matter, so take that of memory
         tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    flat = tensor.view(-1)
+    flat = tensor.reshape(-1)
     return flat if flat.dtype in _EXACT else flat.float()
 
 
@@ -110,12 +110,9 @@ class Piece:
     """By position of the parameter."""
     twice: bool = False
     """Whether a parameter got two gradients in one backward, whose sum is not known."""
-    any: bool = False
-    """Whether any parameter got a gradient yet."""
 
     def see(self, index: int, gradient: Tensor) -> None:
         """A parameter gets this gradient."""
-        self.any = True
         if index in self.squares:
             self.twice = True
         if gradient.layout is not torch.strided:
@@ -155,9 +152,7 @@ class Weighted:
     def numbers(self) -> list[float]:
         """The squares, fetched from where they are at once."""
         there = [square for square in self.squares if isinstance(square, Tensor)]
-        if not there:
-            return [float(square) for square in self.squares]
-        fetched = iter(torch.stack([square.to(there[0].device) for square in there]).tolist())
+        fetched = iter(torch.stack([square.to(there[0].device) for square in there]).tolist() if there else ())
         return [next(fetched) if isinstance(square, Tensor) else square for square in self.squares]
 
 
@@ -220,7 +215,7 @@ class Measurement:
         """The step is over, and `.grad` holds the mean, which one worker alone takes."""
         self._own += self._piece.take(self._weight)
         self.close()
-        spoilt = self._spoilt or self._piece.twice or bool(self._pieces and not self._piece.any)
+        spoilt = self._spoilt or self._piece.twice or bool(self._pieces and not self._own)
         if takes_mean:
             self._piece.see_all([p.grad for p in self._parameters])
         mean = self._piece.take(self._loss_scale**-2)
