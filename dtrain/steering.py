@@ -24,6 +24,7 @@ from dtrain.largebatch import (
     decide,
     scale,
 )
+from dtrain.largebatch.gradient_noise import check_window
 from dtrain.largebatch.scaling import RULES
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,7 @@ class NoiseScale(Hook):
         Args:
             every, window, optimizer: as of `dtrain.largebatch.GradientNoise`.
         """
-        if every < 1 or window < 1:
-            raise UsageError(f"every is {every}, window {window}: numbers of steps, 1 or more")
+        check_window(every, window)
         self._every, self._window, self._optimizer = every, window, optimizer
         self._saved: dict[str, Any] | None = None  # what is to be loaded when there is something to measure
         self._noise: GradientNoise | None = None

@@ -43,6 +43,15 @@ def one_group(_: str) -> str:
     return "all"
 
 
+def check_window(every: int, window: int) -> None:
+    """
+    Raises:
+        UsageError: they are no numbers of steps.
+    """
+    if every < 1 or window < 1:
+        raise UsageError(f"every is {every}, window {window}: numbers of steps, 1 or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
     """Noise scales over the same steps."""
@@ -87,8 +96,7 @@ class GradientNoise:
         Raises:
             UsageError: numbers that cannot be meant, a model without parameters, an optimizer without second moments.
         """
-        if every < 1 or window < 1:
-            raise UsageError(f"every is {every}, window {window}: numbers of steps, 1 or more")
+        check_window(every, window)
         if samples is not None and not samples > 0:
             raise UsageError(f"samples is {samples}: above 0, or None if backward is told")
         self._comm = comm

@@ -141,7 +141,7 @@ def estimate_table(table: Floats, *, confidence: float = 0.95, population: float
         found[:, 1] += found[:, 0] / population
     weights = used[:, 0] - 1
     noise, square = (weights @ found / weights.sum()).tolist()
-    low, high = map(float, _interval(found, weights, confidence))
+    low, high = _interval(found, weights, confidence)
     doubt = ""
     if len(used) == 1:
         doubt = "one step was measured, and the spread over steps is not known: measure more"
@@ -195,7 +195,7 @@ def _interval(found: Floats, weights: Floats, confidence: float) -> tuple[float,
     from scipy import special  # takes half a second
 
     shares = weights / weights.sum()
-    a, d = shares @ found
+    a, d = (shares @ found).tolist()
     off = (shares / np.sqrt(1 - shares))[:, None] * (found - (a, d))  # a step pulls the mean towards itself
     (aa, ad), (_, dd) = (off.T @ off).tolist()
     freedom = 1 / float(shares @ shares) - 1  # the steps less one, where all weigh the same

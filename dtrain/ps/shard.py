@@ -73,6 +73,18 @@ class GiveUp:
 Effect = Send | SumUp | Map | Tell | Forget | GiveUp | StoreWork
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A worker that waits at the workers' common board."""
+
+    told: Await
+    """What it has told last."""
+    since_s: float
+    """When it told of that first."""
+    looks_again: bool
+    """Whether one of those it waits for had left by then: it has been answered, and is to look once more."""
+
+
 class Shard:
     """The mind of a server of `terms`."""
 
@@ -80,8 +92,7 @@ class Shard:
         self.members = Members(terms, now)
         self._terms = terms
         self._rounds = Rounds(terms.timeout_s)
-        self._awaits: dict[int, tuple[Await, float]] = {}  # what workers wait for on their common board, and since when
-        self._looks: dict[int, tuple[str, int]] = {}  # who was told to look once more, as one of them has left
+        self._awaits: dict[int, _Waiting] = {}  # who waits at the workers' common board
         self.store: Store | None = None
 
     def receive(self, session: Session, message: Message, payload: Tensor | None, now: float) -> list[Effect]:
@@ -164,9 +175,9 @@ class Shard:
         late = self._rounds.late(members.expected, now)
         if late is None and self.store is not None:
             late = self.store.late(members.expected, now, self._terms.timeout_s)
-        for await_, since_s in self._awaits.values():
-            if late is None and now - since_s > self._terms.timeout_s:
-                late = await_.ranks, f"{await_.key}, round {await_.call}"
+        for waiting in self._awaits.values():
+            if late is None and now - waiting.since_s > self._terms.timeout_s:
+                late = waiting.told.ranks, f"{waiting.told.key}, round {waiting.told.call}"
         if late is not None and members.complete:
             who = "; ".join(members.name(r) for r in late[0])
             text = f"{who}: late with {late[1]}, by {self._terms.timeout_s:g} s; alive, but no progress"
@@ -186,7 +197,6 @@ class Shard:
             return []
         self._rounds.clear()
         self._awaits.clear()
-        self._looks.clear()
         self.store = None
         return [Forget([])]
 
@@ -246,15 +256,14 @@ class Shard:
     def _fail(self, error: DtrainError, also: Session | None = None) -> list[Effect]:
         self._rounds.clear()
         self._awaits.clear()
-        self._looks.clear()
         self.store = None
         return [Forget([]), *self.members.fail(error, also)]
 
     def _waits_for(self, rank: int) -> str:
         """What others wait for from this worker, in words."""
-        for await_, _ in self._awaits.values():
-            if rank in await_.ranks:
-                return f"{await_.key}, round {await_.call}"
+        for waiting in self._awaits.values():
+            if rank in waiting.told.ranks:
+                return f"{waiting.told.key}, round {waiting.told.call}"
         return self._needs(rank)
 
     def _needs(self, rank: int) -> str:
@@ -300,20 +309,17 @@ class Shard:
         looked since. So who waits for one that has left is answered; only if it then tells of the same is it missing.
         """
         before = self._awaits.pop(member.rank, None)
-        looked = self._looks.pop(member.rank, None)
         answered: list[Effect] = list(self.members.answer(member.session, Done(request.seq)))
         if isinstance(request, Resume):
             return answered
-        what = request.key, request.call
-        same = before is not None and (before[0].key, before[0].call) == what
-        self._awaits[member.rank] = (request, before[1] if before is not None and same else now)
+        if before is not None and (before.told.key, before.told.call) != (request.key, request.call):
+            before = None
         left = [m for rank in request.ranks if (m := self.members.of_rank(rank)) is not None and m.left is not None]
-        if left and looked == what:
+        self._awaits[member.rank] = _Waiting(request, before.since_s if before else now, bool(left))
+        if left and before is not None and before.looks_again:
             remedy = "give every worker the same number of steps"
             text = f"{member} waits for {request.key}, round {request.call}, and {left[0]} has left ({left[0].left})"
             return [*answered, *self._fail(CommError(f"{text}: {remedy}"))]
-        if left:
-            self._looks[member.rank] = what
         if self._rounds.waits_for(member.rank, request.key):
             raise LayoutError(f"{request.key}, round {request.call}: {member} sent less of it than the others")
         return answered

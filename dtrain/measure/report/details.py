@@ -41,7 +41,7 @@ def _box_row(box: str, field: str, workers: Sequence[dict[str, float]]) -> list[
 def batch_norm(run: Run, key: str) -> Section | None:
     """What `dtrain.norm.diagnose` found, where the run has stored it as diagnosis.json."""
     layers = run.diagnosis.get("layers")
-    rows = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
+    rows = _records(layers)
     if not rows:
         return None
     suspicious = [row for row in rows if row.get("findings")]
@@ -84,6 +84,11 @@ def _norm_table(rows: Sequence[Record]) -> Table:
     return Table(head=head, rows=cells, caption="Means in standard deviations of the data, variances relative to its.")
 
 
+def _records(value: Any) -> list[Record]:
+    """The rows of a list in a file, which may hold anything."""
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
 def _values(findings_of: Any) -> list[str]:
     return [str(why) for why in findings_of.values()] if isinstance(findings_of, dict) else []
 
@@ -104,13 +109,14 @@ def batch(run: Run, key: str) -> Section | None:
         for name, (label, colour, dash) in _NOISE.items()
         if found[name]
     ]
-    title = f"The noise scale came to {words.digits(found['noise_scale'][-1][1])} samples" if not moves else ""
-    title = title or f"The global batch went from {sizes[0][1]:g} to {sizes[-1][1]:g} samples"
+    if moves:
+        title = f"The global batch went from {sizes[0][1]:g} to {sizes[-1][1]:g} samples"
+    else:
+        title = f"The noise scale came to {words.digits(found['noise_scale'][-1][1])} samples"
     svg = curves.curves(f"{key}-batch", title, lines, x="samples seen", y="samples", doublings=True)
     caption = "Dotted: the interval of the gradient noise scale." if found["noise_low"] else ""
-    made = run.summary.get("decisions")
-    rows = [one for one in made if isinstance(one, dict)] if isinstance(made, list) else []
-    body = [[Cell(words.plain(row.get(name))) for name in ("step", "batch", "reason")] for row in rows]
+    decisions = _records(run.summary.get("decisions"))
+    body = [[Cell(words.plain(row.get(name))) for name in ("step", "batch", "reason")] for row in decisions]
     return Section(
         title="Batch and noise",
         pictures=[Picture(title=title, svg=svg, caption=caption)],
