@@ -255,6 +255,16 @@ def _strides(parameter: Tensor) -> tuple[int, ...]:
     return parameter.stride()
 
 
+@torch.no_grad()
+def lay(parameters: Sequence[Parameter], flat: Tensor) -> None:
+    """Let parameters lie side by side in a flat tensor, which is as long as they are together, or longer."""
+    sizes = [p.numel() for p in parameters]
+    for parameter, part in zip(parameters, flat[: sum(sizes)].split(sizes), strict=True):
+        view = view_like(part, parameter)
+        view.copy_(parameter)
+        parameter.data = view
+
+
 def view_like(flat: Tensor, parameter: Tensor) -> Tensor:
     """A flat tensor seen in the shape and strides of a parameter."""
     return flat.as_strided(parameter.shape, _strides(parameter))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from dtrain.buckets import Bucket, Named, Plan, plan, view_like
+from dtrain.buckets import Bucket, Named, Plan, plan
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, Traffic
 from dtrain.comm.hosts import Hosted, HostedBucket, ParameterHost, ServerUpdate, StepReport
@@ -27,9 +27,9 @@ HostedUpdate = ServerUpdate | ShardedUpdate
 class Pushes:
     """Pushes the gradients of a model's trainable parameters and pulls the parameters: an `Exchange` of another kind.
 
-    The parameters lie in flat buffers of the backend, where servers on this host write them. They may be written while
-    backward still runs, once all workers have pushed the bucket: by then nothing of this step needs them, as long as
-    the model uses no weight detached. Autograd is told, so that such a model raises instead of being wrong.
+    The parameters lie where servers on this host write them. They may be written while backward still runs, once all
+    workers have pushed the bucket: by then nothing of this step needs them, as long as the model uses no weight
+    detached. Autograd is told, so that such a model raises instead of being wrong.
 
     A gradient that was pushed is no longer in `.grad`: it is only this worker's, and must not change under way.
     """
@@ -77,11 +77,9 @@ class Pushes:
 
             bucket = Bucket(one, self._named, empty, flags=self._padding(one))
             bucket.flags.zero_()
-            values = empty(bucket.flat.numel(), one.dtype, one.device, f"gradient/values{number}")
-            self._move([p for _, p in bucket.named], values)
             self._buckets.append(bucket)
             self._where.update({index: (bucket, slot) for slot, index in enumerate(one.members)})
-            hosted.append(HostedBucket(bucket.flat, values, bucket.named))
+            hosted.append(HostedBucket(bucket.flat, bucket.named))
         if isinstance(self._update, ShardedUpdate):
             self._hosted = Sharded(self._comm, hosted, self._named, self._update)
         else:
@@ -304,12 +302,3 @@ class Pushes:
         """Elements behind a bucket's parameters, so that all workers have parts of one size."""
         numel = sum(self._named[index][1].numel() for index in one.members)
         return -numel % self._comm.world_size if isinstance(self._update, ShardedUpdate) else 0
-
-    @torch.no_grad()
-    def _move(self, parameters: list[Parameter], values: torch.Tensor) -> None:
-        """Let parameters lie side by side in a flat tensor."""
-        sizes = [p.numel() for p in parameters]
-        for parameter, part in zip(parameters, values[: sum(sizes)].split(sizes), strict=True):
-            view = view_like(part, parameter)
-            view.copy_(parameter)
-            parameter.data = view

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dtrain.buckets import lay
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend, Done, Scatters, Work
 from dtrain.comm.hosts import HostedBucket, StepReport
@@ -86,17 +87,25 @@ class Sharded:
             raise UsageError(f"{self._spec.name} needs whole tensors, and workers keep parts: give update='worker'")
         self._like, self._pieces = whole_pieces(update.optimizer, [bucket.named for bucket in buckets], model)
         self._mine = [self._shard(bucket, comm.rank) for bucket in range(len(buckets))]
+        self._values = [self._lay(number) for number in range(len(buckets))]
         self._optimizers = [
-            ShardOptimizer(self._spec, mine.pieces, bucket.values[mine.where]) if mine.pieces else None
-            for bucket, mine in zip(buckets, self._mine, strict=True)
+            ShardOptimizer(self._spec, mine.pieces, values[mine.where]) if mine.pieces else None
+            for values, mine in zip(self._values, self._mine, strict=True)
         ]
         self._works: list[Work] = []
         self._present: list[bool] = []
         self._flags: tuple[Tensor, Work] = (torch.zeros(0), Done())
         update.optimizer._opt_called = True  # type: ignore[attr-defined]  # its steps are made elsewhere
 
+    def _lay(self, bucket: int) -> Tensor:
+        """The parameters of a bucket, and what is behind them."""
+        like, named = self._buckets[bucket].gradient, self._buckets[bucket].named
+        values = self._comm.empty(like.numel(), like.dtype, f"gradient/values{bucket}", like.device)
+        lay([parameter for _, parameter in named], values)
+        return values
+
     def _shard(self, bucket: int, rank: int) -> _Shard:
-        each = self._buckets[bucket].values.numel() // self._comm.world_size
+        each = self._buckets[bucket].gradient.numel() // self._comm.world_size
         members = {piece.parameter: member for member, piece in enumerate(self._pieces[bucket])}
         pieces = cut(self._pieces[bucket], each * rank, each * (rank + 1))
         stop = each * rank + sum(piece.numel for piece in pieces)
@@ -133,7 +142,7 @@ class Sharded:
             self._works[number].wait()
             if optimizer is not None and not self._spec.layerwise:
                 optimizer.step(gradient, turn, settings)
-            gathers.append(all_gather(self._comm, self._buckets[number].values, f"gradient/values{number}"))
+            gathers.append(all_gather(self._comm, self._values[number], f"gradient/values{number}"))
         for gathered in gathers:
             gathered.wait()
         self.steps += 1
@@ -195,7 +204,7 @@ class Sharded:
         return merge_states(parts, self._like)
 
     def restore(self, state: Mapping[int, Mapping[str, Any]]) -> None:
-        collectives.broadcast(self._comm, [bucket.values for bucket in self._buckets])
+        collectives.broadcast(self._comm, self._values)
         for bucket, optimizer in enumerate(self._optimizers):
             first: dict[str, Tensor] = {}
             if self._comm.rank == 0:
@@ -222,7 +231,7 @@ class Sharded:
         for rank in range(self._comm.world_size):
             shards = [self._shard(bucket, rank) for bucket in range(len(self._buckets))]
             nbytes = sum(
-                (s.where.stop - s.where.start) * b.values.element_size()
+                (s.where.stop - s.where.start) * b.gradient.element_size()
                 for s, b in zip(shards, self._buckets, strict=True)
             )
             pieces = [piece for s in shards for piece in s.pieces]

@@ -23,6 +23,7 @@ from dtrain.checkpoint import load_tensors, save_tensors
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.errors import LayoutError, UsageError
+from dtrain.ps.client import ParameterServer
 from dtrain.replica import Replica
 from tests.conftest import remembered
 from tests.ps.serving import Running, all_of, own_socket, workers_of
@@ -572,6 +573,89 @@ def test_parameters_that_were_moved_go_on(results: list[Any]) -> None:
     for step in range(3):
         one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
     assert all(distance(found, values(one.model)) <= 1e-12 for found in results)
+
+
+def memory_of(tensor: Tensor) -> str:
+    """Which file's memory a tensor lies in: device and inode, as the kernel has them."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, device, inode, *_ = line.split()
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return f"{device} {inode}"
+    raise AssertionError("a tensor that lies nowhere")
+
+
+def maps_of(pid: int) -> set[str]:
+    return {" ".join(line.split()[3:5]) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
+
+
+@check
+def parameters_of_one_host_are_one(comm: Backend, folder: Path) -> Any:
+    if not (isinstance(comm, ParameterServer) and comm.shares):
+        return None
+    found = {}
+    for name, rules in {"joint": {}, "clipped": {"clip_grad_norm": 0.1}, "free": {"staleness": None}}.items():
+        model = mlp()
+        replica = tie(comm, model, **rules)
+        for step in range(2):
+            replica.backward(square(model, batch(10 * step + comm.rank)), samples=4, total=4 * WORKERS)
+            replica.publish()
+        there = [{memory_of(p) for p in model.parameters()}]
+        there += [maps_of(link.welcome.pid) for link in comm.links if link.welcome is not None]
+        found[name] = there
+        replica.close()
+        collectives.barrier(comm)
+    return found
+
+
+def test_parameters_of_one_host_are_one(results: list[Any]) -> None:
+    """Where steps are joint, workers read the memory that servers keep the parameters in; else each has its own."""
+    if results[0] is None:
+        pytest.skip("no /dev/shm on this system")
+    for name in ("joint", "clipped"):
+        first = results[0][name][0]
+        assert all(found[name][0] == first for found in results)
+        assert all(first <= server for found in results for server in found[name][1:])
+    free = [found["free"][0] for found in results]
+    assert all(not free[i] & free[j] for i in range(WORKERS) for j in range(i))
+
+
+@check
+def what_a_worker_writes_by_hand_is_its_own(comm: Backend, folder: Path) -> Any:
+    model = mlp()
+    replica = tie(comm, model)
+    before = []
+    for step in range(3):
+        for parameter in model.parameters():  # as programs do that exchange weights for averaged ones for a while
+            if comm.rank != 1:
+                before.append(parameter.data.clone())
+            parameter.data.mul_(2.0 + comm.rank)
+        collectives.barrier(comm)
+        scaled = [p.detach().clone() for p in model.parameters()]
+        collectives.barrier(comm)
+        for parameter in model.parameters():
+            parameter.data.div_(2.0 + comm.rank)
+        assert equal([p * (2.0 + comm.rank) for p in values(model)], scaled)
+        replica.backward(square(model, batch(10 * step + comm.rank)))
+        replica.publish()
+    replica.close()
+    found = values(model)
+    collectives.barrier(comm)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(comm.rank)
+    collectives.barrier(comm)
+    return found, all(bool((p == comm.rank).all()) for p in model.parameters())
+
+
+def test_what_a_worker_writes_by_hand_is_its_own(results: list[Any]) -> None:
+    """Others never see it, and the next step makes an end of it; when the replica is closed the parameters are free."""
+    one = Alone()
+    for step in range(3):
+        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    for found, own in results:
+        assert own
+        assert distance(found, values(one.model)) <= 1e-12
 
 
 @check

@@ -64,11 +64,16 @@ class ServerUpdate:
 
 @dataclass(frozen=True)
 class HostedBucket:
-    """Parameters that travel together, and the flat tensors that they and their gradients lie in, in this order."""
+    """Parameters that travel together, and the flat tensor that their gradients lie in, in this order."""
 
     gradient: Tensor
-    values: Tensor
+    """Has the parameters' type and device; it may be longer than they are together."""
     named: Sequence[tuple[str, Parameter]]
+
+    @property
+    def numel(self) -> int:
+        """Of the parameters."""
+        return sum(p.numel() for _, p in self.named)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Hosted(Protocol):
         """All buckets have been pushed."""
 
     def pull(self) -> StepReport:
-        """Return when the buckets' values are those after the step."""
+        """Return when the parameters are those after the step."""
 
     def refresh(self) -> None:
         """Get the newest values. All workers call it, none of them in a step; all have the same afterwards."""
@@ -129,7 +134,9 @@ class ParameterHost(Backend, Protocol):
     def host(
         self, buckets: Sequence[HostedBucket], model: Sequence[tuple[str, Parameter]], update: ServerUpdate
     ) -> Hosted:
-        """Hand the buckets' values to the servers. All workers call it; the values are worker 0's.
+        """Hand the parameters to the servers. All workers call it; the values are worker 0's.
+
+        The parameters of a bucket lie side by side in one tensor from then on, where servers write them.
 
         Args:
             model: all parameters of the model, by name; the optimizer may have some that are not trained.

@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from dtrain.ps import board, sockets, spans, wire
 from dtrain.ps import lanes as lanes_
 from dtrain.ps.hosting import Hosting
 from dtrain.ps.link import Joining, Link, copy_into
-from dtrain.ps.memory import Buffers, Place, Staging, bytes_as, size_class
+from dtrain.ps.memory import Buffers, Common, Place, Staging, bytes_as, size_class
 from dtrain.ps.outbox import Outbox, learn_part_bytes, window_bytes
 from dtrain.ps.placement import Range, split_even
 from dtrain.ps.pump import Pump
@@ -225,15 +225,28 @@ class ParameterServer:
         if not self.shares or (made := self._buffers.make(nbytes)) is None:
             return None
         number, segment, data = made
-        waiting = set(range(len(self.links)))
         try:
-            for link in self.links:
-                take = _Countdown(waiting, link.server)
-                link.ask(wire.Share, number, segment.name, nbytes, take=take)
-            self.progress(lambda: not waiting, "shared memory")
+            self._tell_of(number, segment)
         finally:
             segment.unlink()
         return data
+
+    def common(self, numel: int, dtype: torch.dtype) -> Common | None:
+        """Memory that servers share with all workers; None, on all workers, where one of them has none.
+
+        All workers call it; what they write there is theirs alone, and what servers write is everyone's.
+        """
+        if not self.shares or self.on_loss == "drop":
+            return None
+        with self.lock:
+            self.check()
+            with self._memory_of_all(numel * dtype.itemsize, "metric/common", private=True) as made:
+                if made is None:
+                    return None
+                number = self._buffers.number(made)
+                self._tell_of(number, made)
+                collectives.barrier(self)  # then all servers have it, from all workers, and its name may go
+        return Common(number, made, bytes_as(made.bytes, dtype, numel))
 
     def find(self, flat: Tensor) -> Place | None:
         """Where a flat tensor lies in shared memory, if it does."""
@@ -311,23 +324,34 @@ class ParameterServer:
 
     def _set_up_board(self) -> None:
         """Share a board with all workers, if they all see the same memory; it goes when the last of them does."""
-        made: lanes_.Segment | None = None
-        size = board.nbytes(self.world_size)
         wanted = self.shares and board.possible() and self.on_loss != "drop" and self.world_size > 1
-        if self.rank == 0 and wanted:
+        size = board.nbytes(self.world_size) if wanted else 0
+        with self._memory_of_all(size, "metric/board") as made:
+            if made is not None:
+                self._board = board.Board(made.bytes, self.rank, self.world_size)
+
+    @contextlib.contextmanager
+    def _memory_of_all(self, nbytes: int, key: str, *, private: bool = False) -> Iterator[lanes_.Segment | None]:
+        """A segment that worker 0 makes and all workers map; its name goes afterwards. None, on all, if one cannot.
+
+        Args:
+            nbytes: 0: this worker wants none.
+            private: what a worker writes there is its own.
+        """
+        made = mapped = None
+        if self.rank == 0 and nbytes:
             with contextlib.suppress(lanes_.NoRoom):
-                made = lanes_.Segment.create(size)
+                made = mapped = lanes_.Segment.create(nbytes)
         try:
-            name = collectives.gather_bytes(self, made.name.encode() if made else b"", "metric/board")[0].decode()
-            if name and wanted and self.rank > 0:
+            name = collectives.gather_bytes(self, made.name.encode() if made else b"", key)[0].decode()
+            if name and nbytes and (self.rank > 0 or private):
                 with contextlib.suppress(ProtocolError):
-                    made = lanes_.Segment.open(name, size)
-            seen = collectives.gather_numbers(self, [made is not None], "metric/board")
+                    mapped = lanes_.Segment.open(name, nbytes, private=private)
+            seen = collectives.gather_numbers(self, [mapped is not None], key)
+            yield mapped if all(row[0] for row in seen) else None
         finally:
-            if made is not None and self.rank == 0:
+            if made is not None:
                 made.unlink()
-        if made is not None and all(row[0] for row in seen):
-            self._board = board.Board(made.bytes, self.rank, self.world_size)
 
     def _show(self, on: board.Board, flat: Tensor, key: str) -> Work:
         if not on.has_room(key):
@@ -369,6 +393,13 @@ class ParameterServer:
                 self.links[0].ask(wire.Resume, take=_ignore)
 
     # -- transfers ----------------------------------------------------------------------------------------------------
+
+    def _tell_of(self, number: int, segment: lanes_.Segment) -> None:
+        """Have all servers map a segment."""
+        waiting = set(range(len(self.links)))
+        for link in self.links:
+            link.ask(wire.Share, number, segment.name, segment.nbytes, take=_Countdown(waiting, link.server))
+        self.progress(lambda: not waiting, "shared memory")
 
     def _start(self, flat: Tensor, key: str, call: int, transfer: _Transfer) -> None:
         """Send a tensor of the processor's memory on its way; the sum comes back into it."""

@@ -60,6 +60,16 @@ class Holder:
         self._found: list[Tensor] = []
         self._scratch = threading.local()
 
+    # -- where they lie -----------------------------------------------------------------------------------------------
+
+    def settle(self, bucket: int, place: Tensor) -> None:
+        """Keep a bucket's values in that memory from now on, where workers read them."""
+        held = self._held[bucket]
+        place.copy_(held.values)
+        held.values = place
+        for chunk, optimizer in zip(held.chunks, held.optimizers, strict=True):
+            optimizer.settle(place[chunk.start : chunk.stop])
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def settings(self, packed: Tensor) -> Hyper:

@@ -13,6 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.nn import Parameter
 
+from dtrain.buckets import lay
 from dtrain.comm import collectives
 from dtrain.comm.hosts import HostedBucket, ServerUpdate, StepReport
 from dtrain.errors import ProtocolError, UsageError
@@ -22,6 +23,7 @@ from dtrain.ps import wire
 from dtrain.ps.holder import CHUNK_ELEMENTS
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.link import Link, Take, copy_into
+from dtrain.ps.memory import Common
 from dtrain.ps.optimizers import hyper, spec_of
 from dtrain.ps.outbox import window_bytes
 from dtrain.ps.pieces import Piece, chunks, cut, whole_pieces
@@ -53,7 +55,7 @@ class Hosting:
         sizes = [[p.numel() for _, p in bucket.named] for bucket in buckets]
         total = sum(map(sum, sizes))
         links = comm.links
-        itemsizes = [b.values.element_size() for b in buckets]
+        itemsizes = [b.gradient.element_size() for b in buckets]
         self._sizes, self._itemsizes = sizes, itemsizes
         agreed = update.synchronous and (update.backup_workers > 0 or comm.on_loss == "drop")
         if update.backup_workers >= comm.world_size:
@@ -82,13 +84,16 @@ class Hosting:
         self._answers: dict[int, tuple[Answer, bytes]] = {}  # by server, of those whose answer does
         self._settings: list[dict[str, Any]] = []  # of the step under way
         self._open()
+        self._commons = [self._common(bucket) for bucket in self._buckets]
+        self._values = [self._lay(number) for number in range(len(buckets))]
+        self.restore({})
         update.optimizer._opt_called = True  # type: ignore[attr-defined]  # its steps are made elsewhere
 
     def _ranges_of(self, server: int, pieces: Sequence[Sequence[Piece]]) -> tuple[BucketRange, ...]:
         found = []
         for number, (bucket, ranges) in enumerate(zip(self._buckets, self._placement, strict=True)):
             members = {piece.parameter: member for member, piece in enumerate(pieces[number])}
-            dtype = str(bucket.values.dtype).removeprefix("torch.")
+            dtype = str(bucket.gradient.dtype).removeprefix("torch.")
             for range_ in ranges:
                 if range_.server == server:
                     inside = [(members[p.parameter], p) for p in cut(pieces[number], range_.start, range_.stop)]
@@ -96,7 +101,7 @@ class Hosting:
         return tuple(found)
 
     def _open(self) -> None:
-        """Describe the parameters to all servers, and hand worker 0's values over."""
+        """Describe the parameters to all servers, which compare what workers say."""
         for link in self._used:
             data = layouts.encode(self._layouts[link.server])
             if len(data) > layouts.MAX_BYTES:
@@ -105,7 +110,23 @@ class Hosting:
         self._await("the other workers' description of the parameters")
         for link in self._used:
             link.allow(2 * self._layouts[link.server].nbytes)
-        self.restore({})
+
+    def _common(self, bucket: HostedBucket) -> Common | None:
+        """Memory for parameters that servers keep there once, for all workers of this host."""
+        like = bucket.gradient
+        joint = self._rules.synchronous and not self._rules.agreed
+        return self._comm.common(bucket.numel, like.dtype) if joint and like.device.type == "cpu" else None
+
+    def _lay(self, number: int) -> Tensor:
+        """Lay the parameters of a bucket where servers write them."""
+        common, bucket = self._commons[number], self._buckets[number]
+        like = bucket.gradient
+        if common is not None:
+            values = common.flat
+        else:
+            values = self._comm.empty(bucket.numel, like.dtype, f"gradient/values{number}", like.device)
+        lay([parameter for _, parameter in bucket.named], values)
+        return values
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -249,8 +270,9 @@ class Hosting:
         return [found[key] for key in sorted(found)]
 
     def _pull(self, bucket: int, step: int) -> None:
-        values = self._comm.host_twin(self._buckets[bucket].values, f"gradient/pull{bucket}")
-        where = self._comm.find(values)
+        values = self._comm.host_twin(self._values[bucket], f"gradient/pull{bucket}")
+        common = self._commons[bucket]
+        where = (common and common.place) or self._comm.find(values)
         self._comm.traffic.count("gradient/pull", 0, values.nbytes)
         for range_ in self._placement[bucket]:
             link = self._comm.links[range_.server]
@@ -269,10 +291,13 @@ class Hosting:
                 )
 
     def _bring_values(self) -> None:
-        for number, bucket in enumerate(self._buckets):
-            host = self._comm.host_twin(bucket.values, f"gradient/pull{number}")
-            if host is not bucket.values:
-                bucket.values.copy_(host, non_blocking=True)
+        for common in self._commons:
+            if common is not None:
+                common.show_theirs()
+        for number, values in enumerate(self._values):
+            host = self._comm.host_twin(values, f"gradient/pull{number}")
+            if host is not values:
+                values.copy_(host, non_blocking=True)
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
@@ -325,7 +350,7 @@ class Hosting:
         ranges = {number: r for number, rs in enumerate(self._placement) for r in rs if r.server == server}
         for held in self._layouts[server].ranges:
             span: Range = ranges[held.bucket]
-            values = self._buckets[held.bucket].values[span.start : span.stop]
+            values = self._values[held.bucket][span.start : span.stop]
             tensors[f"{held.bucket}"] = values.detach().to("cpu", copy=True)
             for number, chunk in enumerate(self._chunks(server, held)):
                 for piece, kept in enumerate(split_state(state, chunk, self._like)):

@@ -20,6 +20,7 @@ import sys
 import weakref
 from collections.abc import Collection
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -72,13 +73,13 @@ def room(nbytes: int) -> str:
 class Segment:
     """A piece of shared memory. Tensors over it stay valid when it is closed; the memory goes with the last of them."""
 
-    def __init__(self, name: str, nbytes: int, fd: int, *, made_here: bool) -> None:
+    def __init__(self, name: str, nbytes: int, fd: int, *, made_here: bool, private: bool = False) -> None:
         """Map an open file. `create` and `open` are what to call."""
         self.name = name
         self.nbytes = nbytes
         self._has_file = made_here
         # Nobody closes the mapping: frombuffer keeps the object, but does not keep it from being closed under a tensor.
-        mapping = mmap.mmap(fd, nbytes, flags=_MAPPED)
+        mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_PRIVATE if private else _MAPPED)
         self.mapping = weakref.ref(mapping)
         """Dies with the last tensor over it."""
         self._bytes: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -109,8 +110,12 @@ class Segment:
             raise NoRoom(f"no segment of {_mib(nbytes)} in {DIRECTORY}: {why}") from error
 
     @classmethod
-    def open(cls, name: str, nbytes: int) -> Segment:
+    def open(cls, name: str, nbytes: int, *, private: bool = False) -> Segment:
         """The segment that another process has made.
+
+        Args:
+            private: what is written here is not seen by others: the kernel copies a page that is written to, and from
+                then on also hides what they write there, until `show_theirs`.
 
         Raises:
             ProtocolError: no such file, not one that `create` made for this user, or not of that size.
@@ -126,7 +131,7 @@ class Segment:
         try:
             if fault := _fault(os.fstat(fd), nbytes):
                 raise ProtocolError(f"segment {name} {fault}")
-            return cls(name, nbytes, fd, made_here=False)
+            return cls(name, nbytes, fd, made_here=False, private=private)
         except OSError as error:
             raise ProtocolError(f"segment {name} cannot be mapped: {error.strerror}") from error
         finally:
@@ -153,6 +158,12 @@ class Segment:
         if offset_bytes % dtype.itemsize:
             raise ProtocolError(f"{dtype} at byte {offset_bytes} of segment {self.name}: no multiple of its size")
         return self.bytes[offset_bytes:end].view(dtype)
+
+    def show_theirs(self) -> None:
+        """Of a private one: forget what was written here, and show what others have written."""
+        mapping = self.mapping()
+        if mapping is not None and _has_copies(self.bytes.data_ptr(), self.nbytes):
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def unlink(self) -> None:
         """Remove the name; the memory stays. Idempotent."""
@@ -278,6 +289,21 @@ def _fault(status: os.stat_result, nbytes: int) -> str:
     if status.st_blocks * 512 < nbytes:
         return "has no memory reserved for all of its bytes"
     return ""
+
+
+def _has_copies(address: int, nbytes: int) -> bool:
+    """Whether the kernel has given this process pages of its own in a private mapping, as far as it tells."""
+    first, last = address // mmap.PAGESIZE, -(-(address + nbytes) // mmap.PAGESIZE)
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.pread(fd, 8 * (last - first), 8 * first)
+        finally:
+            os.close(fd)
+    except OSError:
+        return True
+    kind = np.frombuffer(data, dtype=np.uint64) >> np.uint64(61)  # present, swapped out, a file's
+    return len(kind) < last - first or bool(((kind > 1) & (kind % 2 == 0)).any())
 
 
 def _path(name: str) -> str:

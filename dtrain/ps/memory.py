@@ -26,6 +26,31 @@ class Place:
     offset: int  # bytes
 
 
+class Common:
+    """A flat tensor that all workers read and servers write; what a worker writes there, only it sees."""
+
+    def __init__(self, number: int, segment: lanes.Segment, flat: Tensor) -> None:
+        """
+        Args:
+            segment: private, see `lanes.Segment.open`.
+            flat: lies at its beginning.
+        """
+        self.flat = flat
+        self._place = Place(number, 0)
+        self._segment = segment
+        self._address = flat.data_ptr()
+
+    @property
+    def place(self) -> Place | None:
+        """Where it lies; None if its memory was moved, as `share_memory_` does."""
+        return self._place if self.flat.data_ptr() == self._address else None
+
+    def show_theirs(self) -> None:
+        """Forget what was written here, and show what servers have written."""
+        if self.place is not None:
+            self._segment.show_theirs()
+
+
 @dataclass
 class _Entry:
     number: int
@@ -52,11 +77,16 @@ class Buffers:
                 log.warning("%s", error)
             self._warned = True
             return None
-        number = next(self._numbers)
         data = segment.bytes
+        number = self.number(segment)
         bisect.insort(self._entries, _Entry(number, data.data_ptr(), nbytes), key=lambda e: e.address)
-        weakref.finalize(segment.mapping(), self._dead.append, number).atexit = False
         return number, segment, data
+
+    def number(self, segment: lanes.Segment) -> int:
+        """A number for a segment, which is told among the unused ones when its last tensor goes."""
+        number = next(self._numbers)
+        weakref.finalize(segment.mapping(), self._dead.append, number).atexit = False
+        return number
 
     def find(self, flat: Tensor) -> Place | None:
         """Where a flat tensor lies, if it is in one of these."""

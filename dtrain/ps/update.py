@@ -60,6 +60,12 @@ class ShardOptimizer:
         self._group_of = [self._optimizer.param_groups[self._present.index(p.group)] for p in pieces]
         self._hyper = spec.groups
 
+    def settle(self, values: Tensor) -> None:
+        """From now on step these parameters, which have the values of the ones before."""
+        self._values = values
+        for parameter, view in zip(self._params, self._views(values), strict=True):
+            parameter.data = view
+
     @torch.no_grad()
     def step(self, gradient: Tensor, used: Sequence[bool], hyper: Hyper | None = None) -> None:
         """One step. Pieces that are not used stay as they are, with their state, as with torch where `.grad` is None.

@@ -149,8 +149,7 @@ def steps(worker: ParameterServer, at: At, rounds: int = 4, numels: tuple[int, .
     buckets = []
     for name, parameter in named:
         gradient = worker.empty(parameter.numel(), torch.float32, f"gradient/{name}")
-        values = worker.empty(parameter.numel(), torch.float32, f"gradient/values{name}").copy_(parameter.detach())
-        buckets.append(HostedBucket(gradient, values, [(name, parameter)]))
+        buckets.append(HostedBucket(gradient, [(name, parameter)]))
     optimizer = torch.optim.SGD([p for _, p in named], lr=0.1, momentum=0.9)
     hosted = worker.host(buckets, named, ServerUpdate(optimizer=optimizer))
     for number in range(rounds):
@@ -162,7 +161,7 @@ def steps(worker: ParameterServer, at: At, rounds: int = 4, numels: tuple[int, .
         hosted.finish()
         report = hosted.pull()
         assert (report.version, report.counted) == (number + 1, 2)
-    return [bucket.values for bucket in buckets]
+    return [parameter.detach().clone() for _, parameter in named]
 
 
 def training(worker: ParameterServer, at: At, rounds: int = 4) -> list[Tensor]:

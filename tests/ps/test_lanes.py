@@ -382,3 +382,60 @@ def test_making_segments_leaves_nothing_open(folder):
         del segment
     assert len(os.listdir("/proc/self/fd")) == fds
     assert time.monotonic() - started < 20
+
+
+# -- private views ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_private_view_keeps_what_is_written_here(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows what others write but for pages that were written to here, and those again when it is told to."""
+    made = Segment.create(8 * mmap.PAGESIZE + 5)
+    view = Segment.open(made.name, made.nbytes, private=True)
+    made.unlink()
+    if not told:  # what pages are its own
+        monkeypatch.setattr(lanes, "_has_copies", lambda address, nbytes: True)
+    made.bytes.fill_(1)
+    assert int(view.bytes.min()) == 1
+    view.bytes[3 * mmap.PAGESIZE + 7] = 9
+    view.bytes[-1] = 9
+    assert int(made.bytes.max()) == 1
+    made.bytes.fill_(2)
+    kept = sorted(set((view.bytes != 2).nonzero().flatten().div(mmap.PAGESIZE, rounding_mode="floor").tolist()))
+    assert kept == [3, 8]
+    view.show_theirs()
+    assert int(view.bytes.min()) == int(view.bytes.max()) == 2
+    made.bytes.fill_(3)
+    assert int(view.bytes.min()) == int(view.bytes.max()) == 3
+
+
+def test_pages_of_its_own_are_counted_alone() -> None:
+    """The kernel is asked to drop pages only where there are any: to read them again costs as much as a step's sum."""
+    made = Segment.create(64 * mmap.PAGESIZE)
+    view = Segment.open(made.name, made.nbytes, private=True)
+    made.unlink()
+
+    def copied() -> bool:
+        return lanes._has_copies(view.bytes.data_ptr(), view.nbytes)
+
+    assert not copied()
+    made.bytes.fill_(1)
+    assert int(view.bytes.sum()) == made.nbytes
+    assert not copied()
+    view.bytes[40 * mmap.PAGESIZE] = 2
+    assert copied()
+    view.show_theirs()
+    assert not copied()
+    view.bytes[-1] = 2
+    assert copied()
+
+
+def test_what_the_kernel_does_not_tell_counts_as_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Segment.create(mmap.PAGESIZE)
+    made.unlink()
+
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(lanes.os, "open", refuse)
+    assert lanes._has_copies(made.bytes.data_ptr(), made.nbytes)

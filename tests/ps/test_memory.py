@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtrain.ps import lanes
-from dtrain.ps.memory import Buffers, Place, Staging, bytes_as, size_class
+from dtrain.ps.memory import Buffers, Common, Place, Staging, bytes_as, size_class
 
 pytestmark = pytest.mark.skipif(not lanes.available(), reason="no /dev/shm on this system")
 
@@ -97,3 +97,27 @@ def test_size_classes_are_whole_pages_with_little_slack():
         assert size % mmap.PAGESIZE == 0
         assert size - nbytes < max(mmap.PAGESIZE, nbytes / 7)
         assert size_class(size) == size
+
+
+def test_common_memory_shows_what_servers_write_until_it_is_moved():
+    buffers = Buffers()
+    segment = lanes.Segment.create(SIZE)
+    view = lanes.Segment.open(segment.name, SIZE, private=True)
+    segment.unlink()
+    number = buffers.number(view)
+    common = Common(number, view, view.bytes)
+    assert common.place == Place(number, 0)
+    assert buffers.find(common.flat) is None  # what a worker writes there no server sees
+    common.flat.fill_(1)
+    segment.bytes.fill_(2)
+    assert int(common.flat.max()) == 1
+    common.show_theirs()
+    assert int(common.flat.min()) == 2
+    common.flat.untyped_storage().share_memory_()
+    segment.bytes.fill_(3)
+    assert common.place is None
+    common.show_theirs()
+    assert int(common.flat.max()) == 2
+    del common, view
+    gc.collect()
+    assert buffers.unused() == [number]
