@@ -6,9 +6,10 @@ and `allreduce` against torch's gloo.
 
 Contenders:
 
-    ps shm      parameter server, shared memory; the gradient lies in what comm.empty() gave
-    ps ipc      parameter server, ipc:// socket
-    ps tcp      parameter server, tcp:// socket on the loopback interface, with checksums
+    ps shm      parameter server at tcp:// addresses of this host, as it comes: through shared memory, as both ends see
+                the same; the gradient lies in what comm.empty() gave
+    ps ipc      parameter server, ipc:// socket, shared memory turned off
+    ps tcp      parameter server, tcp:// socket on the loopback interface, with checksums, shared memory turned off
     allreduce   dtrain over gloo
     gloo        torch.distributed.all_reduce, the baseline
     echo        no sum: plain TCP sockets to a server that sends back what came; what "ps tcp" costs at the very least
@@ -367,7 +368,7 @@ def servers(lanes: Sequence[str], count: int, workers: int, folder: str) -> Iter
     commands = []
     for lane in lanes:
         for number in range(count):
-            bind = "tcp://127.0.0.1:0" if lane == "tcp" else f"ipc://{folder}/{lane}{number}"
+            bind = f"ipc://{folder}/{lane}{number}" if lane == "ipc" else "tcp://127.0.0.1:0"
             told = {"server": number, "num_servers": count}
             commands.append((lane, server_command(bind, workers, timeout_s=TIMEOUT_S, **told)))
     if "tcp" in lanes:
