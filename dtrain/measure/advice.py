@@ -144,9 +144,13 @@ def how_many_workers(ask: Ask, question: Question) -> str:
     for n, twice in pairs:
         gain = rates[twice] / rates[n] - 1
         if gain < PAYS:
-            how = f"adds {gain:.0%}" if gain > 0 else f"makes it slower by {-gain:.0%}"
+            how = f"adds {gain:.0%}" if gain > 0 else f"takes away {-gain:.0%}"
+            if n == pairs[0][0]:
+                little = f", less than {PAYS:.0%}" if gain > 0 else ""
+                return f"Workers: from {n} to {twice} {how} of the samples per second ({backend}){little}."
             return (
-                f"Workers: more than {n} do not pay with {backend}: going to {twice} {how} of the samples per second."
+                f"Workers: up to {n} each doubling adds {PAYS:.0%} of the samples per second or more ({backend}); "
+                f"going on to {twice} {how}."
             )
     return (
         f"Workers: up to {pairs[-1][1]} each doubling adds more than {PAYS:.0%} of the samples per second ({backend})."

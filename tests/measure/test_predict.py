@@ -247,8 +247,12 @@ def test_the_batch_for_enough_efficiency():
 def test_where_more_workers_stop_paying():
     text = advice.how_many_workers(formula, question(backends=("allreduce",)))
     # 2 workers: 262 ms, 4: 146 ms (+79 %), 8: 106 ms (+38 %).
-    assert text.startswith("Workers: more than 4 do not pay with allreduce: going to 8 adds 38%")
+    assert text == (
+        "Workers: up to 4 each doubling adds 50% of the samples per second or more (allreduce); going on to 8 adds 38%."
+    )
     assert "that double" in advice.how_many_workers(formula, question(workers=[3, 5]))
+    early = advice.how_many_workers(formula, question(batch=lambda n: 1.0, backends=("allreduce",)))
+    assert early == "Workers: from 1 to 2 takes away 71% of the samples per second (allreduce)."
     assert "up to 16 each doubling adds more" in advice.how_many_workers(formula, question(batch=lambda n: 1e6))
 
 
