@@ -13,6 +13,8 @@ Contenders:
     allreduce   dtrain over gloo
     gloo        torch.distributed.all_reduce, the baseline
     echo        no sum: plain TCP sockets to a server that sends back what came; what "ps tcp" costs at the very least
+    memory      no sum: all workers at once change the sign of each number of their gradient; a sum in place reads and
+                writes as much at the very least, so this is what the host's memory leaves for "ps shm"
     MPI         mpi4py's Allreduce with IN_PLACE, where mpi4py and mpiexec are found (they start the workers then)
     DeepSpeed   its shared-memory all-reduce, where deepspeed is found and can build it
 
@@ -63,6 +65,7 @@ BASELINE = "gloo"
 MPI = "MPI"
 DEEPSPEED = "DeepSpeed"
 ECHO = "echo"
+MEMORY = "memory"
 TIMEOUT_S = 60.0
 
 SMALL_BYTES = 64 * 10**3
@@ -148,6 +151,7 @@ def _contenders(task: Task, comm: dtrain.Backend) -> tuple[list[Contender], dict
     if ECHO in task.servers:
         found.append(_echo(task.servers[ECHO][0]))
     found += [_of_dtrain("allreduce", comm, close=False), Contender(BASELINE, _gloo)]
+    found.append(Contender(MEMORY, _negated, sums=False))
     for name, make in ((MPI, _mpi), (DEEPSPEED, _deepspeed)):
         if name not in task.peers:
             continue
@@ -181,6 +185,11 @@ def _echo(address: str) -> Contender:
         return flat, lambda: connection.exchange(flat, back)
 
     return Contender(ECHO, prepare, connection.close, sums=False)
+
+
+def _negated(numel: int) -> tuple[Tensor, Call]:
+    flat = torch.empty(numel)
+    return flat, flat.neg_
 
 
 def _gloo(numel: int) -> tuple[Tensor, Call]:
