@@ -5,7 +5,8 @@
 
 Cost: two copies of a model are trained in the same processes, one by a plain backend and one by a metered one, with
 phases timed and all workers' times exchanged every ten steps, as the Trainer does. Both send one small message every
-ten steps for the loss. They take turns; a ratio is the median over the turns of metered over plain.
+ten steps for the loss. They take turns; a ratio is the median over the turns of metered over plain. Beside the time
+that passes there is that of the processors which the workers use: it does not count what other programs take.
 
 Truth: of the metered steps, the time that gradients were under way is compared with what torch's profiler saw of the
 same transfers (`gloo:all_reduce`); and the times of forward, backward and communication with what
@@ -20,6 +21,7 @@ import copy
 import functools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +42,8 @@ from dtrain.tables import table
 EXCHANGE = 10
 """Steps between two exchanges of times."""
 CPU = torch.device("cpu")
+PROCESSOR = ("ratio_median", "ratio_low", "ratio_high", "contender_ms", "baseline_ms")
+"""What is kept of the processors' time."""
 
 
 @dataclass(frozen=True)
@@ -135,17 +139,36 @@ def _model_and_batch(comm: dtrain.Backend, case: Case) -> tuple[nn.Module, objec
     return recipe.model, recipe.train.batch(torch.arange(case.batch) + case.batch * comm.rank)  # type: ignore[attr-defined]
 
 
-def cost(comm: dtrain.Backend, case: Case, repeat: int) -> common.Times:
-    """One worker: seconds a step, metered and plain, by round; the mean over workers."""
+class Counting:
+    """A step, and the seconds of processors that it has used here, call by call."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+        self._spent_s: list[float] = []
+
+    def __call__(self) -> None:
+        start_s = time.process_time()
+        self._step()
+        self._spent_s.append(time.process_time() - start_s)
+
+    def by_round(self, rounds: int, steps: int) -> list[float]:
+        """Means of the last calls, `steps` in each round."""
+        last = self._spent_s[-rounds * steps :]
+        return [statistics.mean(last[i : i + steps]) for i in range(0, len(last), steps)]
+
+
+def cost(comm: dtrain.Backend, case: Case, repeat: int) -> tuple[common.Times, common.Times]:
+    """One worker: seconds a step, metered and plain, by round, and those of processors; the mean over workers."""
     torch.set_num_threads(1)
     model, batch = _model_and_batch(comm, case)
     models = [model, copy.deepcopy(model)]
     ours, theirs = models if repeat % 2 else models[::-1]  # where a model lies in memory changes its step
-    with_meter = Metered(comm, case, ours, batch).step
-    without = plain_step(comm, case, theirs, batch)
-    times = common.alternate(with_meter, without, rounds=case.rounds, steps=case.steps, warmup=EXCHANGE)
-    both = collectives.sum_numbers(comm, [second / comm.world_size for side in times for second in side])
-    return both[: case.rounds], both[case.rounds :]
+    sides = Counting(Metered(comm, case, ours, batch).step), Counting(plain_step(comm, case, theirs, batch))
+    times = common.alternate(*sides, rounds=case.rounds, steps=case.steps, warmup=EXCHANGE)
+    rounds = [*times, *(side.by_round(case.rounds, case.steps) for side in sides)]
+    flat = collectives.sum_numbers(comm, [second / comm.world_size for side in rounds for second in side])
+    passed, other, used, used_other = (flat[i : i + case.rounds] for i in range(0, len(flat), case.rounds))
+    return (passed, other), (used, used_other)
 
 
 def profiled(comm: dtrain.Backend, case: Case) -> list[tuple[float, float]]:
@@ -210,7 +233,7 @@ def main() -> None:
         flags.error(f"--case {arguments.case}: there are {', '.join(case.name for case in CASES)}")
     run = functools.partial(dtrain.run, workers=arguments.workers)
     rows = [_cost_row(case, backend, arguments, run) for case in cases for backend in ("ps", "allreduce")]
-    print(common.show(rows), flush=True)
+    print(common.show(rows), show_processors(rows), sep="\n", flush=True)
     truth = []
     for case in cases:
         pairs = run(profiled, case, backend="allreduce")[0]
@@ -228,11 +251,25 @@ def main() -> None:
 
 
 def _cost_row(
-    case: Case, backend: str, arguments: argparse.Namespace, run: Callable[..., list[common.Times]]
+    case: Case, backend: str, arguments: argparse.Namespace, run: Callable[..., list[tuple[common.Times, common.Times]]]
 ) -> common.Row:
     repeats = arguments.repeats or (1 if arguments.quick else 2)
-    times = common.join([run(cost, case, repeat, backend=backend)[0] for repeat in range(repeats)])
-    return {**common.ratio_row(f"{case.name}, {backend}", "metered", "plain", times), "goal": case.goal}
+    runs = [run(cost, case, repeat, backend=backend)[0] for repeat in range(repeats)]
+    passed, used = (
+        common.ratio_row(f"{case.name}, {backend}", "metered", "plain", common.join([one[i] for one in runs]))
+        for i in range(2)
+    )
+    return {**passed, "goal": case.goal, **{f"processor_{name}": used[name] for name in PROCESSOR}}
+
+
+def show_processors(rows: list[common.Row]) -> str:
+    """Of the rows, what of the processors' time was seen; older records have none."""
+    return "\n".join(
+        f"{r['case']}: processors' time of the workers {r['processor_ratio_median']:.4f} times "
+        f"({r['processor_ratio_low']:.4f} to {r['processor_ratio_high']:.4f}) that of plain steps"
+        for r in rows
+        if "processor_ratio_median" in r
+    )
 
 
 def show_truth(rows: list[common.Row]) -> str:

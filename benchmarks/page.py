@@ -92,7 +92,8 @@ def _lags(record: Record) -> list[Row]:
 
 
 def _meter(module: ModuleType, record: Record) -> list[str]:
-    return [module.common.show(record["rows"]), module.show_truth(record["truth"])]
+    cost = f"{module.common.show(record['rows'])}\n{module.show_processors(record['rows'])}".rstrip()
+    return [cost, module.show_truth(record["truth"])]
 
 
 def _published(module: ModuleType, record: Record) -> list[str]:
