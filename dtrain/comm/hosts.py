@@ -21,7 +21,11 @@ from dtrain.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class ServerUpdate:
-    """Let the servers keep the parameters and step the optimizer: for `replicate(..., update=ServerUpdate(...))`."""
+    """Let the servers keep the parameters and step the optimizer: for `replicate(..., update=ServerUpdate(...))`.
+
+    Inexact where a step is not made of all workers' gradients: what a worker pulls may then be of neighbouring
+    versions, each server's newest, and over sockets the newest of each part of 1 MiB.
+    """
 
     optimizer: Optimizer
     """Over the model's parameters. It is described to the servers, which step their own; its learning rate and other
