@@ -19,10 +19,10 @@ from torch import Tensor
 from dtrain.comm.ordered import HALVES, total
 from dtrain.errors import ProtocolError
 from dtrain.optim import squares
+from dtrain.ps.effects import Direct, Gradient, Update
 from dtrain.ps.layout import BucketRange, Layout
 from dtrain.ps.optimizers import Hyper, decode_hyper
 from dtrain.ps.pieces import Chunk, chunks
-from dtrain.ps.store import Direct, Gradient, Update
 from dtrain.ps.tasks import Pool, Task
 from dtrain.ps.update import ShardOptimizer
 from dtrain.ps.wire import DTYPE_NAMES

@@ -20,12 +20,13 @@ from torch import Tensor
 from dtrain.comm.ordered import total
 from dtrain.errors import CommError, DtrainError, ProtocolError, UsageError
 from dtrain.processes import cores
-from dtrain.ps import lanes, metrics, sockets, store, wire
+from dtrain.ps import effects, lanes, metrics, sockets, wire
+from dtrain.ps.effects import Effect, Forget, GiveUp, Map, SumUp, Tell
 from dtrain.ps.holder import Holder
 from dtrain.ps.link import error_of
 from dtrain.ps.listener import Listener
 from dtrain.ps.members import Send, Session, Terms
-from dtrain.ps.shard import Effect, Forget, GiveUp, Map, Shard, SumUp, Tell
+from dtrain.ps.shard import Shard
 from dtrain.ps.spans import Spans
 from dtrain.ps.sums import Reduction
 from dtrain.ps.tasks import Pool, Task
@@ -262,9 +263,9 @@ class Server:
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
-    def _act(self, effects: Sequence[Effect]) -> None:
+    def _act(self, wanted: Sequence[Effect]) -> None:
         life = self._lives
-        for effect in effects:
+        for effect in wanted:
             if isinstance(effect, Send):
                 self._send(effect)
             elif life != self._lives and not isinstance(effect, Forget):
@@ -406,27 +407,27 @@ class Server:
 
     # -- parameters that live here ------------------------------------------------------------------------------------
 
-    def _hold(self, work: store.StoreWork) -> None:
-        if isinstance(work, store.Reply):
+    def _hold(self, work: effects.StoreWork) -> None:
+        if isinstance(work, effects.Reply):
             self._add_job(_nothing, lambda: self._act(self._shard.answer_rank(work.rank, work.answer)))
-        elif isinstance(work, store.Build):
+        elif isinstance(work, effects.Build):
             _check_memory(work.layout.nbytes)
             self._holder = Holder(work.layout, self._pool)
             for rank, seq in work.asked:
                 self._act(self._shard.answer_rank(rank, Done(seq)))
-        elif isinstance(work, store.Load):
+        elif isinstance(work, effects.Load):
             data = b"".join(part.numpy().tobytes() for part in work.parts)
             self._held.load(data)
             self._act(self._shard.answer_rank(work.asked[0], Done(work.asked[1])))
-        elif isinstance(work, store.Save):
+        elif isinstance(work, effects.Save):
             self._add_job(_nothing, lambda: self._save(work.rank, work.request))
-        elif isinstance(work, store.Measure):
+        elif isinstance(work, effects.Measure):
             self._add_job(lambda: self._held.measure(work.gradients, work.factor), lambda: None)
-        elif isinstance(work, store.Direct):
+        elif isinstance(work, effects.Direct):
             self._add_job(lambda: self._held.direct(work), lambda: None)
-        elif isinstance(work, store.TellSquares):
+        elif isinstance(work, effects.TellSquares):
             self._add_job(_nothing, lambda: self._tell_squares(work.asked))
-        elif isinstance(work, store.Update):
+        elif isinstance(work, effects.Update):
             self._update(work)
         else:
             self._add_job(_nothing, lambda: self._give(work.rank, work.request))
@@ -437,7 +438,7 @@ class Server:
             raise _Forgotten
         return self._holder
 
-    def _update(self, work: store.Update) -> None:
+    def _update(self, work: effects.Update) -> None:
         present = {member.rank for member in self._shard.members.present}
         shared = [(r, pull) for r, pull in work.pulls if isinstance(pull, wire.PullShared) and r in present]
         others = [(r, pull) for r, pull in work.pulls if isinstance(pull, wire.Pull)]
@@ -481,7 +482,7 @@ class Server:
         part = values[pull.part * most : (pull.part + 1) * most].clone()
         self._act(self._shard.answer_rank(rank, Sum(pull.seq, 0), part))
 
-    def _tell_squares(self, asked: store.Asked) -> None:
+    def _tell_squares(self, asked: effects.Asked) -> None:
         payload = self._held.measured().view(torch.uint8)
         self._act(self._shard.answer_rank(asked[0], wire.Squares(asked[1], 0), payload))
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dtrain.errors import CommError, DtrainError, LayoutError, ProtocolError, UsageError
 from dtrain.ps import wire
+from dtrain.ps.effects import Build, Effect, Forget, GiveUp, Map, SumUp, Tell
 from dtrain.ps.layout import Layout
 from dtrain.ps.members import Member, Members, Send, Session, Terms, refusal
 from dtrain.ps.rounds import Part, Rounds
-from dtrain.ps.store import Build, Store, StoreWork
+from dtrain.ps.store import Store
 from dtrain.ps.wire import (
     Add,
     AddShared,
@@ -32,46 +33,6 @@ from dtrain.ps.wire import (
     Share,
     Unshare,
 )
-
-
-@dataclass(frozen=True)
-class SumUp:
-    """A round is complete: sum its parts in worker order, and answer each."""
-
-    parts: list[tuple[Session, Part]]
-
-
-@dataclass(frozen=True)
-class Map:
-    """Map a segment of shared memory, or forget it; then answer."""
-
-    session: Session
-    request: Share | Unshare
-
-
-@dataclass(frozen=True)
-class Tell:
-    """Answer with what was done lately."""
-
-    session: Session
-    seq: int
-
-
-@dataclass(frozen=True)
-class Forget:
-    """These connections are used no more: free what was mapped for them; drop all work for them."""
-
-    sessions: list[Session]
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """A worker is alive and makes no progress: whoever started it is to end it, or it cannot be replaced."""
-
-    pid: int
-
-
-Effect = Send | SumUp | Map | Tell | Forget | GiveUp | StoreWork
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dtrain.errors import LayoutError, ProtocolError
 from dtrain.ps import layout as layouts
+from dtrain.ps.effects import (
+    Build,
+    Direct,
+    Give,
+    Gradient,
+    Load,
+    Measure,
+    Reply,
+    Save,
+    StoreWork,
+    TellSquares,
+    Update,
+)
 from dtrain.ps.layout import BucketRange, Layout
+from dtrain.ps.turn import Turn, part_sizes
 from dtrain.ps.wire import (
-    DTYPE_NAMES,
     PART_BYTES,
-    Answer,
     Begin,
     Chosen,
     Clip,
@@ -46,120 +57,6 @@ from dtrain.ps.wire import (
 _REMEMBERED = 1024
 """Steps made of which a server knows the workers."""
 
-Asked = tuple[int, int]
-"""A worker's request: its rank and the number of the request."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Answer a worker."""
-
-    rank: int
-    answer: Answer
-
-
-@dataclass(frozen=True)
-class Build:
-    """All workers have described the same parameters: make room for them; then answer Done."""
-
-    layout: Layout
-    asked: list[Asked]
-
-
-@dataclass(frozen=True)
-class Load:
-    """Take in values of parameters and the optimizer's state; then answer Done."""
-
-    parts: list[Tensor]
-    asked: Asked
-
-
-@dataclass(frozen=True)
-class Save:
-    """Answer with a part of the values and the state."""
-
-    rank: int
-    request: Fetch
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """What a worker pushed of one bucket."""
-
-    rank: int
-    payloads: list[Tensor]  # one a part, in order
-    flags: bytes
-    asked: list[int]  # requests to answer Done when it has been used
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Sum these gradients, keep the sums, and answer with the sums of squares of their mean."""
-
-    gradients: list[list[Gradient]]  # by bucket, in worker order
-    factor: float
-
-
-@dataclass(frozen=True)
-class Direct:
-    """Begin a step with trust ratios; keep what moves the parameters, and answer with the sums of squares of both."""
-
-    gradients: list[list[Gradient]]  # by bucket, in worker order
-    factor: float
-    settings: Tensor  # the optimizer's, for this step
-    measured: bool  # whether the sums are known from Measure
-
-
-@dataclass(frozen=True)
-class Update:
-    """Step the optimizer on a bucket with the sum of these gradients times `factor`; answer them, and the pulls."""
-
-    bucket: int
-    gradients: list[Gradient]  # in worker order
-    factor: float
-    settings: Tensor  # the optimizer's, for this step
-    behind: int  # staleness of the gradient
-    measured: bool  # whether the sum is known from Measure
-    pulls: list[tuple[int, Pull | PullShared]] = field(default_factory=list)
-    ratios: list[float] | None = None  # of all pieces that the server has: the end of a step that Direct began
-
-
-@dataclass(frozen=True)
-class Give:
-    """Answer a pull with the parameters as they are now."""
-
-    rank: int
-    request: Pull | PullShared
-
-
-@dataclass(frozen=True)
-class TellSquares:
-    """Answer with the sums of squares of the last Measure or Direct."""
-
-    asked: Asked
-
-
-StoreWork = Reply | Build | Load | Save | Measure | Direct | Update | Give | TellSquares
-
-
-@dataclass
-class _Turn:
-    """A worker's step under way."""
-
-    step: int
-    since_s: float  # when it began; once complete, when it was
-    begin: Begin | None = None
-    settings: Tensor | None = None
-    pushed: dict[int, dict[int, tuple[Push | PushShared, Tensor]]] = field(default_factory=dict)
-    complete: bool = False
-    answer_to: int | None = None  # request that is answered when the step is made
-    ratios: Tensor | None = None  # float64, in bytes: what the worker has passed on
-    counted: int = 0  # workers whose gradient the step is made of, if this one's is among them
-
-    def gradient(self, rank: int, bucket: int) -> Gradient:
-        parts = [self.pushed[bucket][n] for n in sorted(self.pushed[bucket])]
-        return Gradient(rank, [payload for _, payload in parts], parts[0][0].flags, [r.seq for r, _ in parts])
-
 
 class Store:
     """The steps of one server."""
@@ -177,7 +74,7 @@ class Store:
         self._pulled: dict[
             int, tuple[int, int]
         ] = {}  # each worker's clock and the version, when it last got parameters
-        self._turns: dict[int, _Turn] = {}
+        self._turns: dict[int, Turn] = {}
         self._pulls: dict[tuple[int, int, int], tuple[Pull | PullShared, float]] = {}
         self._updated: set[int] = set()  # buckets that are a step ahead already
         self._ready: dict[int, int] = {}  # ranks that are ready, and their requests
@@ -291,7 +188,9 @@ class Store:
                 raise ProtocolError(f"worker {rank} began step {request.step} twice")
             turn.begin, turn.settings, turn.answer_to = request, payload, request.seq
         else:
-            self._take_part(rank, turn, request, payload)
+            if request.bucket not in self._ranges:
+                raise ProtocolError(f"bucket {request.bucket}, which this server does not hold")
+            turn.take(rank, request, payload, self._ranges[request.bucket])
         work: list[StoreWork] = []
         rules = self.layout.rules
         if rules.early:
@@ -299,14 +198,14 @@ class Store:
         if self._is_complete(turn):
             turn.complete, turn.since_s = True, now
             if rules.agreed:
-                work.append(Reply(rank, Received(self._answered(turn))))
+                work.append(Reply(rank, Received(turn.answered())))
             elif not rules.synchronous:
                 work += self._update_alone(rank, turn, expected)
             else:
                 work += self._close_if_all(expected)
         return work
 
-    def _turn(self, rank: int, step: int, now: float) -> _Turn:
+    def _turn(self, rank: int, step: int, now: float) -> Turn:
         assert self.layout is not None  # noqa: S101
         turn = self._turns.get(rank)
         if turn is None:
@@ -315,41 +214,13 @@ class Store:
             # A worker that came too late may be behind, and one that was told so by another server ahead by a little.
             if step != due and not (rules.agreed and step <= due + 1024):
                 raise ProtocolError(f"worker {rank} sent step {step}, and step {due} is due")
-            turn = self._turns[rank] = _Turn(step, now)
+            turn = self._turns[rank] = Turn(step, now)
         if turn.step != step:
             raise ProtocolError(f"worker {rank} sent step {step} while its step {turn.step} is not over")
         return turn
 
-    def _take_part(self, rank: int, turn: _Turn, request: Push | PushShared, payload: Tensor) -> None:
-        number, shared = (request.part, False) if isinstance(request, Push) else (0, True)
-        parts = turn.pushed.setdefault(request.bucket, {})
-        range_ = self._ranges.get(request.bucket)
-        if range_ is None:
-            raise ProtocolError(f"bucket {request.bucket}, which this server does not hold")
-        if number in parts or (parts and (shared or isinstance(parts.get(0, (None,))[0], PushShared))):
-            raise ProtocolError(f"worker {rank} pushed bucket {request.bucket}, part {number} twice")
-        numel = range_.numel if isinstance(request, PushShared) else part_sizes(range_)[number : number + 1]
-        if payload.numel() != (numel if isinstance(numel, int) else sum(numel)) or payload.numel() == 0:
-            raise ProtocolError(f"{payload.numel()} numbers for bucket {request.bucket}, part {number}")
-        if len(request.flags) != (-(-range_.flags // 8)):
-            raise ProtocolError(f"{len(request.flags)} bytes of flags for bucket {request.bucket}")
-        parts[number] = (request, payload)
-
-    def _is_complete(self, turn: _Turn) -> bool:
-        return turn.begin is not None and all(self._has(turn, r) for r in self._ranges.values())
-
-    def _has(self, turn: _Turn, range_: BucketRange) -> bool:
-        parts = turn.pushed.get(range_.bucket, {})
-        if 0 in parts and isinstance(parts[0][0], PushShared):
-            return True
-        return len(parts) == len(part_sizes(range_))
-
-    def _answered(self, turn: _Turn) -> int:
-        """The request that the turn owes an answer; it is answered now."""
-        seq, turn.answer_to = turn.answer_to, None
-        if seq is None:
-            raise ProtocolError(f"a second answer in step {turn.step}")
-        return seq
+    def _is_complete(self, turn: Turn) -> bool:
+        return turn.begin is not None and all(turn.has(r) for r in self._ranges.values())
 
     # -- synchronous --------------------------------------------------------------------------------------------------
 
@@ -360,7 +231,7 @@ class Store:
             return []
         work: list[StoreWork] = []
         for bucket, range_ in self._ranges.items():
-            if bucket in self._updated or not all(t is not None and self._has(t, range_) for t in turns):
+            if bucket in self._updated or not all(t is not None and t.has(range_) for t in turns):
                 continue
             self._updated.add(bucket)
             next_ = [k for k in sorted(self._pulls) if k[1] == bucket and self._pulls[k][0].step <= self.version + 1]
@@ -374,9 +245,9 @@ class Store:
             return []
         self._chosen = list(expected)
         if self.layout.rules.clip:
-            return [self._measure(), *(TellSquares((r, self._answered(self._turns[r]))) for r in expected)]
+            return [self._measure(), *(TellSquares((r, self._turns[r].answered())) for r in expected)]
         if self.layout.rules.ratios:
-            return [self._direct(1.0), *(TellSquares((r, self._answered(self._turns[r]))) for r in expected)]
+            return [self._direct(1.0), *(TellSquares((r, self._turns[r].answered())) for r in expected)]
         return self._close(expected, 1.0)
 
     def _measure(self) -> Measure:
@@ -425,7 +296,7 @@ class Store:
         self._clocks[rank] = turn.step + 1
         unused = [] if turn.counted else [r for parts in turn.pushed.values() for r, _ in parts.values()]
         _, factor = self._made.get(turn.step, ((), 1.0))
-        closed = Closed(self._answered(turn), self.version, 0, turn.counted, factor)
+        closed = Closed(turn.answered(), self.version, 0, turn.counted, factor)
         return [*(Reply(rank, Done(r.seq)) for r in unused), Reply(rank, closed)]
 
     def _mean_factor(self, chosen: Iterable[int]) -> float:
@@ -496,10 +367,10 @@ class Store:
         if self._chosen not in (None, chosen) or any(not self._complete_at(r, request.step) for r in chosen):
             raise ProtocolError(f"step {request.step} of workers {chosen}: not what this server was told before")
         if self._measured:
-            return [TellSquares((rank, self._answered(turn)))]
+            return [TellSquares((rank, turn.answered()))]
         self._chosen = chosen
         if self.layout.rules.clip:
-            return [self._measure(), TellSquares((rank, self._answered(turn)))]
+            return [self._measure(), TellSquares((rank, turn.answered()))]
         return self._close(expected, 1.0)
 
     def _complete_at(self, rank: int, step: int) -> bool:
@@ -519,7 +390,7 @@ class Store:
         if not self.layout.rules.ratios:
             return self._close(expected, request.factor)
         directed = [] if self._directed else [self._direct(request.factor)]
-        return [*directed, TellSquares((rank, self._answered(turn)))]
+        return [*directed, TellSquares((rank, turn.answered()))]
 
     def _scale(self, rank: int, request: Scale, payload: Tensor, expected: list[int]) -> list[StoreWork]:
         """A worker passes on the ratios. The step is made when all have, or one may still have to ask for the norms."""
@@ -548,7 +419,7 @@ class Store:
 
     # -- each worker by itself ----------------------------------------------------------------------------------------
 
-    def _update_alone(self, rank: int, turn: _Turn, expected: list[int]) -> list[StoreWork]:
+    def _update_alone(self, rank: int, turn: Turn, expected: list[int]) -> list[StoreWork]:
         behind = self.version - self._pulled.get(rank, (0, 0))[1]
         share = turn.begin.share if turn.begin is not None else 0.0
         factor = 1.0 / share if share > 0 else 0.0
@@ -556,7 +427,7 @@ class Store:
         self.version += 1
         self._clocks[rank] += 1
         del self._turns[rank]
-        work.append(Reply(rank, Closed(self._answered(turn), self.version, behind, 1, 1.0)))
+        work.append(Reply(rank, Closed(turn.answered(), self.version, behind, 1, 1.0)))
         return work + self._give(expected)
 
     # -- pulls --------------------------------------------------------------------------------------------------------
@@ -658,10 +529,3 @@ class Store:
             ranks = [r for r, c in clocks.items() if c == min(clocks.values())]
             return ranks, f"the gradient of its step {min(clocks.values())}"
         return None
-
-
-def part_sizes(range_: BucketRange) -> list[int]:
-    """Elements of the parts in which a range travels."""
-    most = PART_BYTES // DTYPE_NAMES[range_.dtype].itemsize
-    full, rest = divmod(range_.numel, most)
-    return [most] * full + ([rest] if rest else [])

@@ -13,12 +13,30 @@ from torch import Tensor
 
 from dtrain.optim import LARS
 from dtrain.ps import layout as layouts
-from dtrain.ps import store, wire
+from dtrain.ps import turn, wire
+from dtrain.ps.effects import (
+    Build,
+    Direct,
+    Effect,
+    Forget,
+    Give,
+    GiveUp,
+    Gradient,
+    Load,
+    Map,
+    Measure,
+    Reply,
+    Save,
+    StoreWork,
+    SumUp,
+    TellSquares,
+    Update,
+)
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.members import Send, Session, Terms
 from dtrain.ps.optimizers import spec_of
 from dtrain.ps.pieces import Piece
-from dtrain.ps.shard import Effect, Forget, GiveUp, Map, Shard, SumUp
+from dtrain.ps.shard import Shard
 from dtrain.ps.sums import reduce
 from dtrain.ps.wire import Done, Message, Request
 
@@ -66,7 +84,7 @@ class Host:
         self.sums: dict[int, Tensor] = {}
         self.loaded = b""
         self.summed: list[tuple[int, list[int], Tensor]] = []  # epoch, ranks, sum
-        self.updates: list[tuple[int, store.Update]] = []  # with the epoch
+        self.updates: list[tuple[int, Update]] = []  # with the epoch
         self.snaps: dict[tuple[int, int], list[Tensor]] = {}  # values of a bucket in an epoch, by version
 
     def receive(self, who: Session, message: Message, payload: Tensor | None = None, now: float = 1.0) -> list[Send]:
@@ -93,12 +111,12 @@ class Host:
                 if not effect.sessions:
                     self.jobs.clear()
                     self.values.clear()
-            elif isinstance(effect, store.Build):
+            elif isinstance(effect, Build):
                 self.values = {r.bucket: torch.zeros(r.numel, dtype=torch.float64) for r in effect.layout.ranges}
                 self.snaps |= {(self.epoch, b): [v.clone()] for b, v in self.values.items()}
                 for rank, seq in effect.asked:
                     self._answer(rank, Done(seq))
-            elif isinstance(effect, store.Load):
+            elif isinstance(effect, Load):
                 self.loaded = b"".join(p.numpy().tobytes() for p in effect.parts)
                 self._answer(effect.asked[0], Done(effect.asked[1]))
             else:
@@ -111,26 +129,26 @@ class Host:
     def _answer(self, rank: int, answer: wire.Answer, payload: Tensor | None = None) -> None:
         self.act(self.shard.answer_rank(rank, answer, payload))
 
-    def _do(self, work: SumUp | store.StoreWork) -> None:
+    def _do(self, work: SumUp | StoreWork) -> None:
         if isinstance(work, SumUp):
             self._sum_up(work)
-        elif isinstance(work, store.Reply):
+        elif isinstance(work, Reply):
             self._answer(work.rank, work.answer)
-        elif isinstance(work, store.Save):
+        elif isinstance(work, Save):
             self._answer(work.rank, wire.Piece(work.request.seq, 1, 0), torch.zeros(8, dtype=torch.uint8))
-        elif isinstance(work, store.Measure):
+        elif isinstance(work, Measure):
             for bucket, gradients in zip(self.values, work.gradients, strict=True):
                 self.sums[bucket] = added(gradients) * work.factor
-        elif isinstance(work, store.Direct):
+        elif isinstance(work, Direct):
             for bucket, gradients in zip(self.values, work.gradients, strict=True):
                 total = self.sums[bucket] if work.measured else added(gradients)
                 self.sums[bucket] = total * work.factor
-        elif isinstance(work, store.TellSquares):
+        elif isinstance(work, TellSquares):
             squares = torch.stack([t.square().sum() for t in self.sums.values()])
             self._answer(work.asked[0], wire.Squares(work.asked[1], 0), squares.view(torch.uint8))
-        elif isinstance(work, store.Update):
+        elif isinstance(work, Update):
             self._update(work)
-        elif isinstance(work, store.Give):
+        elif isinstance(work, Give):
             self._give(work.rank, work.request)
 
     def _sum_up(self, work: SumUp) -> None:
@@ -145,7 +163,7 @@ class Host:
             else:
                 self.act(self.shard.answer(who, wire.Sum(part.seq, 0), total))
 
-    def _update(self, work: store.Update) -> None:
+    def _update(self, work: Update) -> None:
         self.updates.append((self.epoch, work))
         if work.ratios is not None:
             self.values[work.bucket] += self.sums[work.bucket] * work.ratios[list(self.values).index(work.bucket)]
@@ -166,11 +184,11 @@ class Host:
         if isinstance(pull, wire.PullShared):
             self._answer(rank, Done(pull.seq))
         else:
-            most = store.PART_BYTES // 8
+            most = turn.PART_BYTES // 8
             self._answer(rank, wire.Sum(pull.seq, 0), values[pull.part * most : (pull.part + 1) * most].clone())
 
 
-def added(gradients: Sequence[store.Gradient]) -> Tensor:
+def added(gradients: Sequence[Gradient]) -> Tensor:
     total = torch.cat(gradients[0].payloads)
     for g in gradients[1:]:
         total = total + torch.cat(g.payloads)
@@ -447,7 +465,7 @@ def hosted(
             pulls: list[Ticket] = []
             for s in servers:
                 for b in buckets[s]:
-                    for part, piece in enumerate(gradient(worker.rank, step, b).split(store.PART_BYTES // 8)):
+                    for part, piece in enumerate(gradient(worker.rank, step, b).split(turn.PART_BYTES // 8)):
                         others.append(worker.ask(s, wire.Push, step, b, part, b"\x01", payload=piece.clone()))
                     if not rules.agreed:
                         pulls += [worker.ask(s, wire.Pull, step + 1, b, part) for part in range(parts())]
@@ -500,7 +518,7 @@ def barrier(worker: Worker, call: int) -> Ticket:
 
 
 def parts() -> int:
-    return -(-NUMEL // (store.PART_BYTES // 8))
+    return -(-NUMEL // (turn.PART_BYTES // 8))
 
 
 def summing(calls: int) -> Callable[[Worker], Script]:
@@ -529,12 +547,12 @@ def summing(calls: int) -> Callable[[Worker], Script]:
 
 
 def sum_of(ranks: Iterable[int], step: int, bucket: int) -> Tensor:
-    return added([store.Gradient(r, [gradient(r, step, bucket)], b"", []) for r in ranks])
+    return added([Gradient(r, [gradient(r, step, bucket)], b"", []) for r in ranks])
 
 
-def by_step(host: Host, epoch: int) -> dict[int, dict[int, list[store.Gradient]]]:
+def by_step(host: Host, epoch: int) -> dict[int, dict[int, list[Gradient]]]:
     """The gradients of each step and bucket that a server has used in an epoch; no bucket twice in a step."""
-    found: dict[int, dict[int, list[store.Gradient]]] = defaultdict(dict)
+    found: dict[int, dict[int, list[Gradient]]] = defaultdict(dict)
     count: dict[int, int] = defaultdict(int)
     for e, update in host.updates:
         if e == epoch:

@@ -23,12 +23,13 @@ from dtrain.optim import LARS
 from dtrain.ps import layout as layouts
 from dtrain.ps import optimizers, wire
 from dtrain.ps.client import ParameterServer
+from dtrain.ps.effects import Forget
 from dtrain.ps.layout import BucketRange, Layout, Rules
 from dtrain.ps.link import Joining, Link
 from dtrain.ps.members import Send, Session, Terms
 from dtrain.ps.pieces import Piece
 from dtrain.ps.server import Server
-from dtrain.ps.shard import Forget, Shard
+from dtrain.ps.shard import Shard
 from dtrain.ps.wire import Answer, Hello, Message
 
 _sockets = itertools.count()

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dtrain.ps import store, wire
+from dtrain.ps import turn, wire
 from dtrain.ps.layout import Rules
 from tests.ps.acting import RATIO, Host, Net, by_step, gradient, hosted, sum_of, summing
 
@@ -191,7 +191,7 @@ class Hosted(Trouble):
 
     def start_hosted(self, rules: Rules, workers: int, servers: int, on_loss: str) -> None:
         self.rules = rules
-        self.patch = mock.patch.object(store, "PART_BYTES", 16)
+        self.patch = mock.patch.object(turn, "PART_BYTES", 16)
         self.patch.start()
         layouts = {1: [(0, 1)], 2: [(0, 1), (1,)], 3: [(0,), (0, 1), (1,)]}[servers]
         self.start(Net(workers, servers, on_loss, hosted(rules, layouts, STEPS)))

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dtrain.errors import LayoutError, ProtocolError
-from dtrain.ps import store as stores
+from dtrain.ps import turn
+from dtrain.ps.effects import Build, Direct, Give, Load, Measure, Reply, StoreWork, TellSquares, Update
 from dtrain.ps.layout import Rules
 from dtrain.ps.members import Terms
-from dtrain.ps.store import Build, Direct, Give, Load, Measure, Reply, Store, StoreWork, TellSquares, Update
+from dtrain.ps.store import Store
 from dtrain.ps.wire import (
     Begin,
     Bye,
@@ -188,7 +189,7 @@ def test_a_pull_of_a_later_step_waits_for_it():
 
 
 def test_parts_come_in_any_order(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stores, "PART_BYTES", 16)
+    monkeypatch.setattr(turn, "PART_BYTES", 16)
     steps = Steps(1)
     values = gradient(0, 0, 0)
     assert steps(0, Push, 0, 0, 1, b"\x01", payload=values[2:]) == []
@@ -220,7 +221,7 @@ def test_what_does_not_fit(kind: type[Request], fields: tuple[object, ...], nume
 
 @pytest.mark.parametrize("shared_first", [True, False])
 def test_a_bucket_is_sent_or_shared_but_not_both(monkeypatch: pytest.MonkeyPatch, shared_first: bool):
-    monkeypatch.setattr(stores, "PART_BYTES", 16)
+    monkeypatch.setattr(turn, "PART_BYTES", 16)
     steps = Steps()
 
     def send(shared: bool) -> None:
