@@ -8,6 +8,7 @@ unlinks leaves a file, which `sweep` finds by the process number in its name.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import hmac
@@ -161,8 +162,13 @@ class Segment:
 
     def show_theirs(self) -> None:
         """Of a private one: forget what was written here, and show what others have written."""
-        mapping = self.mapping()
-        if mapping is not None and _has_copies(self.bytes.data_ptr(), self.nbytes):
+        mapping, address = self.mapping(), self.bytes.data_ptr()
+        if mapping is None or not _has_copies(address, self.nbytes):
+            return
+        try:
+            mapping.madvise(mmap.MADV_DONTNEED)
+        except OSError:  # of memory that is locked, as mlockall does; it need not be
+            ctypes.CDLL(None).munlock(ctypes.c_void_p(address), ctypes.c_size_t(self.nbytes))
             mapping.madvise(mmap.MADV_DONTNEED)
 
     def unlink(self) -> None:

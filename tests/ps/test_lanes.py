@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 import os
@@ -428,6 +429,22 @@ def test_pages_of_its_own_are_counted_alone() -> None:
     assert not copied()
     view.bytes[-1] = 2
     assert copied()
+
+
+def test_a_private_view_that_is_locked_shows_theirs_too() -> None:
+    """As in a process that has called mlockall."""
+    made = Segment.create(2 * mmap.PAGESIZE)
+    view = Segment.open(made.name, made.nbytes, private=True)
+    made.unlink()
+    address = ctypes.c_void_p(view.bytes.data_ptr())
+    if ctypes.CDLL(None).mlock(address, ctypes.c_size_t(mmap.PAGESIZE)) != 0:
+        pytest.skip("this process may lock no memory")
+    with pytest.raises(OSError, match="Invalid argument"):
+        view.mapping().madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
+    view.bytes.fill_(1)
+    made.bytes.fill_(2)
+    view.show_theirs()
+    assert int(view.bytes.min()) == 2
 
 
 def test_what_the_kernel_does_not_tell_counts_as_copied(monkeypatch: pytest.MonkeyPatch) -> None:
