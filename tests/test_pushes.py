@@ -23,6 +23,8 @@ from dtrain.checkpoint import load_tensors, save_tensors
 from dtrain.comm import collectives
 from dtrain.comm.base import Backend
 from dtrain.errors import LayoutError, UsageError
+from dtrain.optim import LARS
+from dtrain.ps import lanes
 from dtrain.ps.client import ParameterServer
 from dtrain.replica import Replica
 from tests.conftest import remembered
@@ -853,6 +855,46 @@ def in_threads(fn: Callable[[Backend], Any], folder: Path) -> tuple[list[Any], l
     found = all_of(*(lambda w=w: work(w) for w in workers))  # type: ignore[misc]
     running.ended()
     return found, errors
+
+
+JOINT: dict[str, dict[str, Any]] = {
+    "early": {},
+    "clipped": {"clip_grad_norm": 0.1},
+    "with trust ratios": {"optimizer": lambda model: LARS(model.parameters(), lr=0.1, momentum=0.9)},
+}
+
+
+@pytest.mark.skipif(not lanes.available(), reason="no /dev/shm on this system")
+@pytest.mark.parametrize("rules", JOINT.values(), ids=list(JOINT))
+def test_servers_step_in_the_memory_that_workers_read(rules: dict[str, Any], own_temporary_directory: Path) -> None:
+    """Whoever knows the segment has the newest values at once: servers keep no copy of their own."""
+    running = Running(own_socket(own_temporary_directory), 2)
+    given = dict(rules)
+    make = given.pop("optimizer", sgd)
+
+    def work(comm: Any) -> Any:
+        model = mlp()
+        replica = tie(comm, model, make(model), **given)
+        for step in range(2):
+            replica.backward(square(model, batch(10 * step + comm.rank)), samples=4, total=8)
+            replica.publish()
+        collectives.barrier(comm)
+        held, segments = running.server._held, set(running.server._segments.values())
+        found = [
+            any(s.bytes.data_ptr() <= held.values(b).data_ptr() < s.bytes.data_ptr() + s.nbytes for s in segments)
+            for b in range(len(replica.pushes._buckets))  # type: ignore[union-attr]
+        ]
+        kept = torch.cat([held.values(b) for b in range(len(found))])
+        newest = torch.cat([p.detach().flatten() for b in replica.pushes._buckets for p in b.parameters])  # type: ignore[union-attr]
+        collectives.barrier(comm)
+        comm.close()
+        return found, torch.equal(kept, newest)
+
+    results = all_of(*(lambda w=w: work(w) for w in workers_of(running.address)))  # type: ignore[misc]
+    assert running.ended() is None
+    for found, same in results:  # type: ignore[misc]
+        assert all(found)
+        assert same
 
 
 def test_a_weight_that_is_used_detached(own_temporary_directory: Path) -> None:

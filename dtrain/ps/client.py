@@ -235,6 +235,9 @@ class ParameterServer:
         """Memory that servers share with all workers; None, on all workers, where one of them has none.
 
         All workers call it; what they write there is theirs alone, and what servers write is everyone's.
+
+        Args:
+            numel: 0: this worker wants none.
         """
         if not self.shares or self.on_loss == "drop":
             return None

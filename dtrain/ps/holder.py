@@ -65,6 +65,8 @@ class Holder:
     def settle(self, bucket: int, place: Tensor) -> None:
         """Keep a bucket's values in that memory from now on, where workers read them."""
         held = self._held[bucket]
+        if place.data_ptr() == held.values.data_ptr():
+            return
         place.copy_(held.values)
         held.values = place
         for chunk, optimizer in zip(held.chunks, held.optimizers, strict=True):

@@ -114,8 +114,9 @@ class Hosting:
     def _common(self, bucket: HostedBucket) -> Common | None:
         """Memory for parameters that servers keep there once, for all workers of this host."""
         like = bucket.gradient
-        joint = self._rules.synchronous and not self._rules.agreed
-        return self._comm.common(bucket.numel, like.dtype) if joint and like.device.type == "cpu" else None
+        if not self._rules.synchronous or self._rules.agreed:
+            return None
+        return self._comm.common(bucket.numel if like.device.type == "cpu" else 0, like.dtype)
 
     def _lay(self, number: int) -> Tensor:
         """Lay the parameters of a bucket where servers write them."""

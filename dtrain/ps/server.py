@@ -443,11 +443,11 @@ class Server:
         shared = [(r, pull) for r, pull in work.pulls if isinstance(pull, wire.PullShared) and r in present]
         others = [(r, pull) for r, pull in work.pulls if isinstance(pull, wire.Pull)]
         places = [self._place(rank, pull) for rank, pull in shared]
-        common = len({place.data_ptr() for place in places}) == 1 and len(places) == self.terms.world_size
+        common = len({place.data_ptr() for place in places}) == 1 and len(places) == self.terms.world_size > 1
         outputs = [] if common else places
 
         def start() -> Task:
-            if common and self._held.values(work.bucket).data_ptr() != places[0].data_ptr():
+            if common:
                 self._held.settle(work.bucket, places[0])
             return self._held.update(work, outputs)
 
@@ -474,13 +474,20 @@ class Server:
         self._held.pulled(rank, pull.bucket)
         if isinstance(pull, wire.PullShared):
             place = self._place(rank, pull)
-            if place.data_ptr() != values.data_ptr():
+            if self._is_everyones(rank, pull):
+                self._held.settle(pull.bucket, place)
+            elif place.data_ptr() != values.data_ptr():
                 place.copy_(values)
             self._act(self._shard.answer_rank(rank, Done(pull.seq)))
             return
         most = wire.PART_BYTES // values.element_size()
         part = values[pull.part * most : (pull.part + 1) * most].clone()
         self._act(self._shard.answer_rank(rank, Sum(pull.seq, 0), part))
+
+    def _is_everyones(self, rank: int, pull: wire.PullShared) -> bool:
+        """Whether all workers read the memory that a worker wants to have parameters in."""
+        segment = self._segment(self._session_of(rank), pull.segment)
+        return sum(other is segment for other in self._segments.values()) == self.terms.world_size > 1
 
     def _tell_squares(self, asked: effects.Asked) -> None:
         payload = self._held.measured().view(torch.uint8)
