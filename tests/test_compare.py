@@ -17,6 +17,8 @@ from dtrain.compare import max_difference
 from dtrain.errors import DataError, UsageError
 from dtrain.spec import RunSpec
 
+pytestmark = pytest.mark.timeout(300)  # four backends one after the other take 100 s of processors, which others share
+
 ALL = "solo,threads,ps,allreduce"
 PAIRS = {"solo,threads", "solo,ps", "solo,allreduce", "threads,ps", "threads,allreduce", "ps,allreduce"}
 PROMISED = {"step_ms", "compute_ms", "exposed_comm_ms", "bytes_sent_per_step", "loss", "accuracy"}
@@ -29,7 +31,7 @@ def compared(folder: Path, *arguments: str, by: list[str] = DTRAIN) -> tuple[dic
     """What `dtrain compare digits` wrote, and what it printed."""
     file = folder / "compared.json"
     command = [*by, "compare", "digits", *arguments, "--json", str(file), "--run-dir", str(folder / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(file.read_text(), parse_constant=pytest.fail), done.stdout
 
