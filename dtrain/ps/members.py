@@ -1,8 +1,8 @@
 """Who takes part in a job, as one server sees it: joining, leaving, being lost, coming twice. No socket and no clock.
 
-All that a worker says has the same random name, its session: one life of one worker in one epoch of the job. What comes
-from another session than the current one is not counted (fencing). Requests are numbered, so that one that comes twice
-is answered twice and counted once.
+A worker's connection has a random name, its session: one life of one worker in one epoch of the job. What comes from
+another session than the current one is not counted (fencing). Requests are numbered, so that one that comes twice is
+answered twice and counted once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dtrain.errors import ConnectError, DtrainError, Fenced, Finished, ProtocolE
 from dtrain.ps.wire import Answer, Failed, Hello, Message, Request, Rewind, Standing, Welcome, fitting
 
 Session = bytes
-"""Names one life of one worker; random, never the rank, and known to that worker and its server alone."""
+"""Names one connection of one worker; random, never the rank."""
 
 ON_LOSS = ("fail", "wait", "drop")
 _MOST_UNANSWERED = 100_000

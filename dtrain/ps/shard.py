@@ -27,7 +27,6 @@ from dtrain.ps.wire import (
     Hello,
     Inquire,
     Message,
-    Ping,
     Request,
     Resume,
     Share,
@@ -75,8 +74,6 @@ class Shard:
             if member is None:
                 return [] if isinstance(message, Bye) else list(members.stranger(session))
             members.back(member)
-            if isinstance(message, Ping):
-                return []
             if isinstance(message, Bye):
                 return self._leave(member, message.reason, now)
             if isinstance(message, Request):

@@ -37,10 +37,10 @@ def impostor(answers: Answers) -> Iterator[str]:
     def serve() -> None:
         while not over.is_set():
             if router.poll(20):
-                route, _, head, *_ = router.recv_multipart()
+                session, head, *_ = router.recv_multipart()
                 for frames in answers(wire.decode(head)):
                     with contextlib.suppress(zmq.ZMQError):  # it is gone
-                        router.send_multipart([route, *frames])
+                        router.send_multipart([session, *frames])
 
     thread = threading.Thread(target=serve)
     thread.start()

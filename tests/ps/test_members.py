@@ -183,6 +183,7 @@ def test_requests_may_come_in_any_order():
         (add(100_000), "request 100000, and 0 is unanswered"),
         (add(0, low=1), "request 0, with all answers before 1"),
         (Done(0), "sent Done, which a worker does not send"),
+        (Ping(), "sent Ping"),
         (Welcome("h", 1, 0, 1, "", ""), "sent Welcome"),
     ],
 )
@@ -190,14 +191,6 @@ def test_what_a_worker_cannot_mean_is_the_end(message: Message, words: str):
     told, kind, text = failed(joined().receive(session(1), message, torch.ones(1)))
     assert (told, kind) == ({session(0), session(1)}, "ProtocolError")
     assert words in text
-
-
-def test_a_worker_that_is_heard_again_is_there():
-    host = joined(grace_s=1.0)
-    host.act(host.shard.away(session(1), 0.0))
-    assert host.receive(session(1), Ping()) == []
-    host.act(host.shard.tick(5.0))
-    assert host.flush() == []
 
 
 def test_overload():
