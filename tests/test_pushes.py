@@ -133,6 +133,11 @@ class Alone:
         self.model = mlp()
         self.optimizer = make(self.model)
 
+    def steps(self, count: int) -> None:
+        """Of the batches of all workers together."""
+        for step in range(count):
+            self.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+
     def step(self, x: Tensor, clip: float | None = None) -> None:
         square(self.model, x).backward()
         if clip is not None:
@@ -429,8 +434,7 @@ def the_state_of_the_optimizer_is_torchs(comm: Backend, folder: Path) -> Any:
 def test_the_state_of_the_optimizer_is_torchs(results: list[Any]) -> None:
     """Numbered and shaped as the optimizer's own state dict has it; kept once, and nothing of it on workers."""
     one = Alone(adam)
-    for step in range(3):
-        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    one.steps(3)
     expected = one.optimizer.state_dict()["state"]
     state = results[0][0]
     assert state.keys() == expected.keys()
@@ -511,8 +515,7 @@ def test_worker_0s_parameters_can_be_handed_over(results: list[Any]) -> None:
     with torch.no_grad():
         for p in one.model.parameters():
             p += 0.1
-    for step in range(2):
-        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    one.steps(2)
     for loud, found in results:
         assert loud == ""
         assert distance(found, values(one.model)) <= 1e-12
@@ -550,8 +553,7 @@ def parameters_in_shared_memory_are_parameters(comm: Backend, folder: Path) -> A
 def test_parameters_in_shared_memory_are_parameters(results: list[Any]) -> None:
     """The same objects for model and optimizer; copies, state dicts and files hold what was, and not what comes."""
     one = Alone()
-    for step in range(2):
-        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    one.steps(2)
     for own_memory, found in results:
         assert own_memory
         assert distance(found, values(one.model)) <= 1e-12
@@ -572,8 +574,7 @@ def parameters_that_were_moved_go_on(comm: Backend, folder: Path) -> Any:
 def test_parameters_that_were_moved_go_on(results: list[Any]) -> None:
     """Sending parameters to another process moves their memory: they still follow the servers."""
     one = Alone()
-    for step in range(3):
-        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    one.steps(3)
     assert all(distance(found, values(one.model)) <= 1e-12 for found in results)
 
 
@@ -626,11 +627,8 @@ def test_parameters_of_one_host_are_one(results: list[Any]) -> None:
 def what_a_worker_writes_by_hand_is_its_own(comm: Backend, folder: Path) -> Any:
     model = mlp()
     replica = tie(comm, model)
-    before = []
     for step in range(3):
         for parameter in model.parameters():  # as programs do that exchange weights for averaged ones for a while
-            if comm.rank != 1:
-                before.append(parameter.data.clone())
             parameter.data.mul_(2.0 + comm.rank)
         collectives.barrier(comm)
         scaled = [p.detach().clone() for p in model.parameters()]
@@ -653,8 +651,7 @@ def what_a_worker_writes_by_hand_is_its_own(comm: Backend, folder: Path) -> Any:
 def test_what_a_worker_writes_by_hand_is_its_own(results: list[Any]) -> None:
     """Others never see it, and the next step makes an end of it; when the replica is closed the parameters are free."""
     one = Alone()
-    for step in range(3):
-        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    one.steps(3)
     for found, own in results:
         assert own
         assert distance(found, values(one.model)) <= 1e-12
@@ -674,8 +671,7 @@ def a_compiled_model(comm: Backend, folder: Path) -> Any:
 def test_a_compiled_model(results: list[Any]) -> None:
     """It reads the parameters where they are."""
     one = Alone()
-    for step in range(3):
-        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    one.steps(3)
     assert all(distance(found, values(one.model)) <= 1e-12 for found in results)
 
 
@@ -701,7 +697,7 @@ def closing(comm: Backend) -> Any:
 def test_closing(results: list[Any]) -> None:
     """After the backend was closed the parameters are there as they were, and can be used and trained alone."""
     one = Alone()
-    one.step(torch.cat([batch(r) for r in range(WORKERS)]))
+    one.steps(1)
     expected = values(one.model)
     for same, later, found in results:
         assert same
@@ -750,8 +746,7 @@ def misuse(comm: Backend, folder: Path) -> Any:
 def test_misuse(results: list[Any]) -> None:
     """Each is refused in words, and none of them leaves a trace: the steps are those of torch alone."""
     one = Alone()
-    for step in range(2):
-        one.step(torch.cat([batch(10 * step + r) for r in range(WORKERS)]))
+    one.steps(2)
     for found, parameters in results:
         assert not {name: text for name, text in found.items() if text}
         assert distance(parameters, values(one.model)) <= 1e-12
@@ -789,7 +784,7 @@ def what_servers_cannot_do(comm: Backend, folder: Path) -> Any:
 def test_what_servers_cannot_do(results: list[Any]) -> None:
     """Optimizers that servers cannot step, and rules that cannot be meant, are refused before anything is sent."""
     one = Alone()
-    one.step(torch.cat([batch(r) for r in range(WORKERS)]))
+    one.steps(1)
     for found, parameters in results:
         assert not {name: text for name, text in found.items() if text}
         assert distance(parameters, values(one.model)) <= 1e-12

@@ -467,9 +467,11 @@ class Server:
         self._held.pulled(rank, pull.bucket)
         if isinstance(pull, wire.PullShared):
             place = self._place(rank, pull)
-            if self._is_everyones(rank, pull):
+            if place.data_ptr() == values.data_ptr():
+                pass  # it reads them where they are
+            elif self._is_everyones(rank, pull):
                 self._held.settle(pull.bucket, place)
-            elif place.data_ptr() != values.data_ptr():
+            else:
                 place.copy_(values)
             self._act(self._shard.answer_rank(rank, Done(pull.seq)))
             return

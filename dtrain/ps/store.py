@@ -91,14 +91,16 @@ class Store:
         Raises:
             ProtocolError: there is no such bucket here.
         """
-        if bucket not in self._ranges:
-            raise ProtocolError(f"bucket {bucket}, which this server does not hold")
-        return self._ranges[bucket].dtype
+        return self._range(bucket).dtype
 
     def nbytes_of(self, bucket: int) -> int:
         """Bytes of this server's part of a bucket."""
-        self.dtype_of(bucket)
-        return self._ranges[bucket].nbytes
+        return self._range(bucket).nbytes
+
+    def _range(self, bucket: int) -> BucketRange:
+        if bucket not in self._ranges:
+            raise ProtocolError(f"bucket {bucket}, which this server does not hold")
+        return self._ranges[bucket]
 
     # -- messages -----------------------------------------------------------------------------------------------------
 
@@ -188,9 +190,7 @@ class Store:
                 raise ProtocolError(f"worker {rank} began step {request.step} twice")
             turn.begin, turn.settings, turn.answer_to = request, payload, request.seq
         else:
-            if request.bucket not in self._ranges:
-                raise ProtocolError(f"bucket {request.bucket}, which this server does not hold")
-            turn.take(rank, request, payload, self._ranges[request.bucket])
+            turn.take(rank, request, payload, self._range(request.bucket))
         work: list[StoreWork] = []
         rules = self.layout.rules
         if rules.early:
@@ -433,9 +433,8 @@ class Store:
     # -- pulls --------------------------------------------------------------------------------------------------------
 
     def _pull(self, rank: int, request: Pull | PullShared, expected: list[int], now: float) -> list[StoreWork]:
-        self.dtype_of(request.bucket)
         part = request.part if isinstance(request, Pull) else 0
-        if part >= len(part_sizes(self._ranges[request.bucket])):
+        if part >= len(part_sizes(self._range(request.bucket))):
             raise ProtocolError(f"bucket {request.bucket} has no part {part}")
         key = (rank, request.bucket, part)
         if key in self._pulls:
