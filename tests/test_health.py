@@ -111,7 +111,7 @@ def test_one_that_asks_again_and_again_is_not_heard_for_ever(tmp_path: Path):
     answers = 0
     with dealer(running.address) as stranger:
         for _ in range(3000):
-            stranger.send(wire.encode(wire.Inquire()))
+            stranger.say(wire.encode(wire.Inquire()))
         while stranger.poll(300):
             assert isinstance(wire.decode(stranger.recv()), Standing)
             answers += 1
@@ -124,8 +124,8 @@ def test_one_that_asks_again_and_again_is_not_heard_for_ever(tmp_path: Path):
 def test_a_job_that_has_failed(tmp_path: Path):
     running = Running(own_socket(tmp_path), workers=2)
     with dealer(running.address) as worker:
-        worker.send(wire.encode(hello(0, 2)))
-        worker.send(wire.encode(wire.Bye("a bad reason")))
+        worker.say(wire.encode(hello(0, 2)))
+        worker.say(wire.encode(wire.Bye("a bad reason")))
         deadline = time.monotonic() + 10
         while running.server._shard.members.failed is None and time.monotonic() < deadline:
             time.sleep(0.01)

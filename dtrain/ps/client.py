@@ -527,9 +527,12 @@ class ParameterServer:
         self._share_with_all_or_none()
         self._set_up_board()
         self._part_bytes = wire.PART_BYTES
+        watched = [link.watch.monitor for link in self.links if link.over_network]
         if any(link.far and not link.shares for link in self.links):
             self._part_bytes = learn_part_bytes(self)
-            self._pump = Pump(self.lock, [link.socket for link in self.links], self.take_what_came)
+            self._pump = Pump(self.lock, [*watched, *(link.socket for link in self.links)], self._take_and_notice)
+        elif watched:
+            self._pump = Pump(self.lock, watched, self._notice)
         self._calls.clear()
         self.traffic.sent.clear()
         self.traffic.received.clear()
@@ -551,6 +554,16 @@ class ParameterServer:
         for link in self.links:
             link.look(now, what)
         return True
+
+    def _notice(self) -> None:
+        """A server has to hear of a new connection while the program computes."""
+        now = time.monotonic()
+        for link in self.links:
+            link.notice(now)
+
+    def _take_and_notice(self) -> None:
+        self._notice()
+        self.take_what_came()
 
     def _free_unused(self) -> None:
         for number in self._buffers.unused():

@@ -30,12 +30,12 @@ def ask(address: str, *, keys: Path | None = None, timeout_s: float = 3.0) -> St
         raise UsageError(f"timeout_s is {timeout_s}: give seconds, more than 0")
     pair = None if keys is None else _pair(keys)
     deadline = time.monotonic() + timeout_s
-    with visiting(address, pair, "server") as (socket, watch):
+    with visiting(address, pair, "server") as visit:
         try:
-            watch.await_handshake(timeout_s)
-            socket.send(wire.encode(Inquire()))
-            if socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
-                return _read(socket.recv_multipart(), address)
+            visit.watch.await_handshake(timeout_s)
+            visit.say(Inquire())
+            if visit.socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                return _read(visit.socket.recv_multipart(), address)
         except ProtocolError as error:
             if time.monotonic() < deadline:
                 raise CommError(str(error)) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import socket as net
 import time
 from collections import deque
@@ -29,7 +28,6 @@ log = logging.getLogger(__name__)
 Take = Callable[[Answer, memoryview | None], None]
 """Gets the answer to a request, and its payload where the kind has one."""
 
-_ZERO_COPY_BYTES = 64 * 2**10
 _MOST_DAMAGED = 100
 _NUDGE_S = 5.0
 """How long to wait for an answer over a network until the oldest request is sent again; the next time twice as long."""
@@ -89,10 +87,12 @@ class Link:
         self.welcome: wire.Welcome | None = None
         self.damaged = 0
         """How many messages could not be read."""
+        self._name = wire.new_name()
         self._joining = joining
         self.rewinds_to = rewinds_to
         self._who = f"the server at {address}"
-        self._over_network = address.startswith("tcp://")
+        self.over_network = address.startswith("tcp://")
+        """Whether the connection may break and come again."""
         self.far = sockets.is_far(address)
         """Whether it leads to another host, so that little should be under way at a time."""
         self.unanswered_bytes = 0
@@ -110,7 +110,6 @@ class Link:
         self._nudge_s = _NUDGE_S
         self._nudged: tuple[int, float] | None = None  # the request that was sent again, and when
         self.socket = sockets.make(context, zmq.DEALER)
-        self.socket.setsockopt(zmq.ROUTING_ID, b"\x01" + secrets.token_bytes(15))  # a name for this life alone
         if joining.keys is not None:
             keys.secure(self.socket, keys.load(joining.keys, "worker"), "worker")
         self.watch = sockets.Watch(self.socket, address)
@@ -198,7 +197,7 @@ class Link:
         data = None if payload is None else wire.bytes_of(payload)
         checksum: tuple[int, ...] = ()
         if data is not None:
-            checksum = (wire.checksum_of(data) if self._over_network else 0,)
+            checksum = (wire.checksum_of(data) if self.over_network else 0,)
             self._window.append((seq, len(data)))
             self._window_bytes += len(data)
             self.unanswered_bytes += len(data)
@@ -209,11 +208,7 @@ class Link:
         self._put(message, data)
 
     def _put(self, message: Message, payload: memoryview | None) -> None:
-        if payload is None:
-            self.socket.send(wire.encode(message))
-        else:
-            self.socket.send(wire.encode(message), zmq.SNDMORE)
-            self.socket.send(payload, 0, copy=len(payload) < _ZERO_COPY_BYTES)
+        sockets.say(self.socket, self._name, message, payload)  # where it cannot, `look` finds that the server is gone
 
     def _put_again(self) -> None:
         """Send everything that is unanswered once more; the server counts nothing twice."""
@@ -249,22 +244,28 @@ class Link:
             except ProtocolError as error:
                 self.fail(error if error is self._failure else ProtocolError(f"{self._who} sent {error}"))
 
+    def notice(self, now: float) -> None:
+        """Take note of what has become of the connection. The server knows a new one by what it hears there."""
+        for event in self.watch.look():
+            if event == "back":
+                self._away_s = None
+                if self.welcome is not None:
+                    self._put(wire.Ping(), None)
+                self._put_again()
+            elif self._away_s is None:
+                self._away_s = now
+
     def look(self, now: float, waits_for: str) -> None:
         """See what has become of the connection.
 
         Raises:
             CommError: it is gone for good.
         """
-        for event in self.watch.look():
-            if event == "back":
-                self._away_s = None
-                self._put_again()
-            elif self._away_s is None:
-                self._away_s = now
+        self.notice(now)
         if self._away_s is None:
             self._nudge(now)
             return
-        grace_s = sockets.GRACE_S if self._over_network else 0.0
+        grace_s = sockets.GRACE_S if self.over_network else 0.0
         if now - self._away_s >= grace_s:
             self.receive()  # what came before the end, the reason for it perhaps
             text = f"worker {self._joining.rank}: {self._who} is gone while this worker waited for {waits_for}"
@@ -272,7 +273,7 @@ class Link:
 
     def _nudge(self, now: float) -> None:
         """Send the oldest request again after a long silence: a message can be lost though the connection is not."""
-        if not self._over_network or now - self._quiet_since <= self._nudge_s:
+        if not self.over_network or now - self._quiet_since <= self._nudge_s:
             return
         if self._asked:
             seq, oldest = next(iter(self._asked.items()))
@@ -339,7 +340,7 @@ class Link:
         says = bye is not None and self._failure is None and self.watch.connected
         if says:
             try:
-                self.socket.send(wire.encode(wire.Bye(wire.fitting(bye or "", 1000))), zmq.NOBLOCK)
+                says = sockets.say(self.socket, self._name, wire.Bye(wire.fitting(bye or "", 1000)))
             except zmq.ZMQError:
                 says = False
         self._end_probe()

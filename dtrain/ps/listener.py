@@ -1,4 +1,8 @@
-"""The socket that a server or a scheduler listens at: bound, limited, and with keys where there are some."""
+"""The socket that a server or a scheduler listens at: bound, limited, and with keys where there are some.
+
+A connection has a route, by which libzmq knows it, and a message the name of its session. Which connection is a
+session's newest, and gets its answers, is known here alone. Routes and names are secrets: neither is told or logged.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,37 @@ import contextlib
 import hmac
 import logging
 import socket as net
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import zmq
 
-from dtrain.errors import DtrainError, UsageError
+from dtrain.errors import DtrainError, ProtocolError, UsageError
 from dtrain.ps import keys as curve
-from dtrain.ps import sockets
+from dtrain.ps import sockets, wire
+from dtrain.ps.members import Session
 
 log = logging.getLogger(__name__)
 
 _MOST_REFUSED = 1000
 _MOST_STRANGERS = 10_000
+_MOST_ROUTES = 16
+"""Connections of one session that are remembered: bytes of older ones are long read."""
+
+Route = bytes
+"""Names one connection."""
+
+
+class Came(NamedTuple):
+    """A message. One with an error is of the session that its connection had before; without one, of `_nobody`."""
+
+    route: Route
+    session: Session
+    frames: list[zmq.Frame]
+    error: ProtocolError | None = None
 
 
 class Listener:
@@ -52,7 +73,12 @@ class Listener:
         self.router = sockets.make(self._context, zmq.ROUTER)
         self.router.setsockopt(zmq.SNDHWM, send_queue)
         self._warnings = 0
-        self._refused: Counter[bytes] = Counter()
+        self._refused: Counter[Route] = Counter()
+        self._session_of: dict[Route, Session] = {}
+        self._routes: dict[Session, deque[Route]] = {}  # the newest last; the same, turned round
+        self._room = _MOST_STRANGERS
+        self.is_member: Callable[[Session], bool] = lambda _: False
+        """Whose routes are kept, when there are too many sessions."""
         self.pair: curve.Keys | None = None
         """The servers' keys, where there are some."""
         try:
@@ -75,15 +101,62 @@ class Listener:
         if known or self._warnings in (1, 10, 100, 1000, 10_000, 100_000):
             log.warning("refused %s%s", error, f" ({self._warnings} so far)" if self._warnings > 1 else "")
 
-    def refuse(self, stranger: bytes) -> None:
+    def receive(self) -> Came | None:
+        """A message that has arrived; None for one that is not worth while to read.
+
+        Raises:
+            zmq.Again: there is none.
+        """
+        frames = self.router.recv_multipart(zmq.NOBLOCK, copy=False)
+        route = frames[0].bytes
+        if self._refused and self._refused.get(route, 0) > _MOST_REFUSED:
+            return None  # a peer that was refused so often is not answered again
+        session = self._session_of.get(route)
+        if session is None:
+            if wire.is_name(session := _start(frames[1])):
+                self._enter(route, session)
+                return Came(route, session, frames[2:])
+            return Came(route, _nobody(route), [], _nameless(frames[1]))
+        if len(frames[1]) == len(session) and frames[1].bytes == session:
+            return Came(route, session, frames[2:])
+        return Came(route, session, [], _nameless(frames[1]))
+
+    def send(self, session: Session, frames: Sequence[bytes | memoryview], *, copy: bool = True) -> bool:
+        """Send a message over a session's newest connection; False if none is there or it does not read."""
+        for route in reversed(self._routes.get(session, (session[1:],))):
+            try:
+                self.router.send_multipart([route, *frames], zmq.NOBLOCK, copy=copy)
+                return True
+            except zmq.ZMQError as error:
+                if error.errno == zmq.EAGAIN:
+                    return False
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+        return False
+
+    def _enter(self, route: Route, session: Session) -> None:
+        """Remember a route that was not heard of before: bytes that come late by an older one do not bring it back."""
+        if session not in self._routes:
+            if len(self._routes) >= self._room:
+                self._forget_strangers()
+            self._routes[session] = deque()
+        routes = self._routes[session]
+        routes.append(route)
+        self._session_of[route] = session
+        if len(routes) > _MOST_ROUTES:
+            del self._session_of[routes.popleft()]
+
+    def _forget_strangers(self) -> None:
+        """A stranger may come by many connections. One that still waits for an answer is known when it speaks again."""
+        self._routes = {session: routes for session, routes in self._routes.items() if self.is_member(session)}
+        self._session_of = {route: session for session, routes in self._routes.items() for route in routes}
+        self._room = len(self._routes) + _MOST_STRANGERS
+
+    def refuse(self, route: Route) -> None:
         """Count a message of a peer that is no member."""
         if len(self._refused) >= _MOST_STRANGERS:
             self._refused.clear()
-        self._refused[stranger] += 1
-
-    def hears(self, peer: bytes) -> bool:
-        """Whether it is worth while to read what a peer sends: one that was refused so often is not answered again."""
-        return self._refused[peer] <= _MOST_REFUSED if peer in self._refused else True
+        self._refused[route] += 1
 
     def is_servers(self, frame: zmq.Frame) -> bool:
         """Whether the servers' own key says that one of them has sent it."""
@@ -101,6 +174,29 @@ class Listener:
         if self._gatekeeper is not None:
             self._gatekeeper.close()
         self._context.destroy(linger=200)
+
+
+def _nobody(route: Route) -> Session:
+    """Stands for the session of a connection that has named none; it is no name."""
+    return b"\0" + route
+
+
+def _start(frame: zmq.Frame) -> bytes:
+    """A frame that may be a name or a header; of a longer one, nothing."""
+    return frame.bytes if len(frame) <= wire.MAX_HEADER_BYTES else b""
+
+
+def _nameless(frame: zmq.Frame) -> ProtocolError:
+    """Why a message that does not begin with its session's name is refused; an older dtrain begins with the header."""
+    if len(frame) > wire.MAX_HEADER_BYTES:
+        return ProtocolError(f"a header of {len(frame)} bytes")
+    if wire.is_name(frame.bytes):
+        return ProtocolError("a message of another session than the one before, on one connection")
+    try:
+        wire.decode(frame.bytes)
+    except ProtocolError as error:
+        return error
+    return ProtocolError("a message without the name of its session")
 
 
 def _check_free(address: str) -> None:

@@ -1,8 +1,8 @@
 """Who takes part in a job, as one server sees it: joining, leaving, being lost, coming twice. No socket and no clock.
 
-A worker's connection has a random name, its session: one life of one worker in one epoch of the job. What comes from
-another session than the current one is not counted (fencing). Requests are numbered, so that one that comes twice is
-answered twice and counted once.
+All that a worker says has the same random name, its session: one life of one worker in one epoch of the job. What comes
+from another session than the current one is not counted (fencing). Requests are numbered, so that one that comes twice
+is answered twice and counted once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dtrain.errors import ConnectError, DtrainError, Fenced, Finished, ProtocolE
 from dtrain.ps.wire import Answer, Failed, Hello, Message, Request, Rewind, Standing, Welcome, fitting
 
 Session = bytes
-"""Names one connection of one worker; random, never the rank."""
+"""Names one life of one worker; random, never the rank, and known to that worker and its server alone."""
 
 ON_LOSS = ("fail", "wait", "drop")
 _MOST_UNANSWERED = 100_000
-_MOST_FENCED = 10_000
+_MOST_REWOUND = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,7 @@ class Members:
         self.over = False  # whether some have left well: the job is done, and cannot be rewound
         self._by_rank: dict[int, Member] = {}
         self._by_session: dict[Session, Member] = {}
-        self._fenced: deque[Session] = deque(maxlen=_MOST_FENCED)  # of workers that were lost
-        self._rewound: deque[Session] = deque(maxlen=_MOST_FENCED)  # of workers that are to come again
+        self._rewound: deque[Session] = deque(maxlen=_MOST_REWOUND)  # of earlier epochs: they are to come again
         self._incarnations: dict[int, int] = {}  # the newest of each rank, in all epochs
         self._credit_bytes = terms.credit_bytes
         self._since_s = now
@@ -148,8 +147,8 @@ class Members:
             return [Send(session, self.failed)]
         if session in self._rewound:
             return [Send(session, Rewind(self.epoch, "the job has been rewound"))]
-        if session in self._fenced or session in self._by_session:
-            return [refusal(session, Fenced("the job goes on without this worker: it was lost, replaced or rewound"))]
+        if session in self._by_session:
+            return [refusal(session, Fenced("the job goes on without this worker: it was lost"))]
         text = "this server does not know this worker: a message before Hello, or the server was started anew"
         return [refusal(session, StateLost(text))]
 
@@ -164,7 +163,7 @@ class Members:
         self._refuse_misplaced(hello)
         if (member := self.get(session)) is not None and replace(hello, probe=member.hello.probe) == member.hello:
             return [self._welcome(member)] if self.complete else []  # sent again, as the network may have lost it
-        if session in self._by_session or session in self._fenced:
+        if session in self._by_session:
             raise ProtocolError(f"{self.name(hello.rank)} said Hello twice on one connection")
         if self.over or hello.rank in self.dropped:
             text = "has finished" if self.over else f"goes on without worker {hello.rank}, which it had lost"
@@ -289,8 +288,7 @@ class Members:
         """A new epoch: everyone is to come again."""
         self.epoch = self.epoch + 1 if epoch is None else epoch
         sends = [Send(m.session, Rewind(self.epoch, fitting(reason, 1000))) for m in self.present]
-        for session, member in self._by_session.items():
-            (self._rewound if member.left is None else self._fenced).append(session)
+        self._rewound.extend(self._by_session)  # who was lost too: perhaps it only could not be reached
         self._credit_bytes = self.terms.credit_bytes
         self._by_rank.clear()
         self._by_session.clear()

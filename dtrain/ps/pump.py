@@ -1,4 +1,4 @@
-"""A thread that takes answers from a network as they come, while the program computes."""
+"""A thread that looks at connections over a network, and takes answers as they come, while the program computes."""
 
 from __future__ import annotations
 

@@ -62,6 +62,10 @@ class Roll:
             return f"{len(here)} of {self._num_servers} servers have registered; missing: server {absent}{there}"
         return f"{len(self._told)} of {self._num_workers} workers have asked for the servers"
 
+    def waits(self, session: Session) -> bool:
+        """Whether it is to be told of the servers yet."""
+        return session in self._waiting
+
     @property
     def _complete(self) -> bool:
         return len(self._servers) == self._num_servers
@@ -205,6 +209,7 @@ class Scheduler:
         self.address = self._listener.address
         host_only = keys is None and not insecure_no_encryption
         self._roll = Roll(num_servers, num_workers, job_id=job_id, host_only=host_only)
+        self._listener.is_member = self._roll.waits
         self._timeout_s = timeout_s
         self._idle_s = idle_s
         self._stopped = False
@@ -242,20 +247,21 @@ class Scheduler:
         meant = False
         for _ in range(_MOST_AT_ONCE):
             try:
-                frames = self._listener.router.recv_multipart(zmq.NOBLOCK, copy=False)
+                came = self._listener.receive()
             except zmq.Again:
                 break
-            session = frames[0].bytes
-            if not self._listener.hears(session):
+            if came is None:
                 continue
             try:
-                self._send(self._handle(session, frames[1:]))
+                if came.error is not None:
+                    raise came.error
+                self._send(self._handle(came.session, came.frames))
                 meant = True
             except (UsageError, ProtocolError) as error:
                 self._listener.warn(error)
-                self._listener.refuse(session)
+                self._listener.refuse(came.route)
                 told = ProtocolError(str(error)) if isinstance(error, wire.Damaged) else error
-                self._send([refusal(session, told)])
+                self._send([refusal(came.session, told)])
         return meant
 
     def _handle(self, session: Session, frames: list[zmq.Frame]) -> list[Send]:
@@ -268,11 +274,7 @@ class Scheduler:
 
     def _send(self, sends: Sequence[Send]) -> None:
         for send in sends:
-            try:
-                self._listener.router.send_multipart([send.to, wire.encode(send.message)], zmq.NOBLOCK)
-            except zmq.ZMQError as error:  # it has gone, or does not read
-                if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                    raise
+            self._listener.send(send.to, [wire.encode(send.message)])  # unless it has gone, or does not read
 
 
 # -- the other side ---------------------------------------------------------------------------------------------------
@@ -349,9 +351,10 @@ def _answers(
         raise UsageError(f"scheduler is {scheduler!r}: give the port that it says it listens at")
     who = f"the scheduler at {scheduler}"
     deadline = time.monotonic() + timeout_s
-    with visiting(scheduler, pair, "scheduler") as (socket, watch):
+    with visiting(scheduler, pair, "scheduler") as visit:
+        socket, watch = visit.socket, visit.watch
         watch.await_handshake(timeout_s)
-        socket.send(wire.encode(message(deadline - time.monotonic())))
+        visit.say(message(deadline - time.monotonic()))
         grace_s = sockets.GRACE_S if scheduler.startswith("tcp://") else 0.0
         away_s: float | None = None
         while (now := time.monotonic()) < deadline + _MARGIN_S:
@@ -361,7 +364,7 @@ def _answers(
             for event in watch.look():
                 if event == "back":
                     away_s = None
-                    socket.send(wire.encode(message(deadline - now)))
+                    visit.say(message(deadline - now))
                 elif away_s is None:
                     away_s = now
             if away_s is not None and now - away_s >= grace_s and not socket.poll(0):

@@ -103,6 +103,7 @@ class Server:
         terms = replace(terms, host=net.gethostname(), pid=os.getpid(), grace_s=grace_s)
         self.terms = terms
         self._shard = Shard(terms, time.monotonic())
+        self._listener.is_member = lambda session: self._shard.members.get(session) is not None
         self._pool = Pool(threads or max(1, cores() // terms.num_servers))
         self._holder: Holder | None = None
         self._segments: dict[tuple[Session, int], lanes.Segment] = {}
@@ -167,17 +168,23 @@ class Server:
             if self._jobs and time.monotonic() > deadline:
                 return
             try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                came = self._listener.receive()
             except zmq.Again:
                 return
-            session = frames[0].bytes
-            if self._listener.hears(session):
-                self._act(self._handle(session, frames[1:]))
+            if came is None:
+                continue
+            if not self._knows(came.session):
+                self._listener.refuse(came.route)  # a few times too often: who joins says little before
+            if came.error is None:
+                self._act(self._handle(came.session, came.frames))
+            else:
+                self._act(self._refuse(came.session, came.error))
+
+    def _knows(self, session: Session) -> bool:
+        return self._shard.members.get(session) is not None and not self._shard.members.failed
 
     def _handle(self, session: Session, frames: list[zmq.Frame]) -> Sequence[Effect]:
-        known = self._shard.members.get(session) is not None and not self._shard.members.failed
-        if not known:
-            self._listener.refuse(session)  # a few times too often: who joins says little before
+        known = self._knows(session)
         try:
             if not 1 <= len(frames) <= 2:
                 raise ProtocolError(f"a message of {len(frames)} frames")
@@ -192,12 +199,16 @@ class Server:
                     raise ProtocolError("a worker that comes with the servers' key: give it the worker's")
                 message = replace(message, probe=lanes.answer(message.probe) if message.probe else "")
         except ProtocolError as error:
-            self._counts["refused_messages"] += 1
-            self._listener.warn(error, known=known)
-            return self._shard.refuse(session, error if known else ProtocolError(str(error)))
+            return self._refuse(session, error)
         self._count(payload, message)
         self._note(session, message)
         return self._shard.receive(session, message, payload, time.monotonic())
+
+    def _refuse(self, session: Session, error: ProtocolError) -> Sequence[Effect]:
+        known = self._knows(session)
+        self._counts["refused_messages"] += 1
+        self._listener.warn(error, known=known)
+        return self._shard.refuse(session, error if known else ProtocolError(str(error)))
 
     def _count(self, payload: Tensor | None, message: wire.Message) -> None:
         if payload is not None:
@@ -298,23 +309,19 @@ class Server:
         self._act(self._shard.fail(error))
 
     def _send(self, send: Send) -> None:
-        message, frames = send.message, [send.to]
+        message = send.message
         if send.payload is not None:
             payload = wire.bytes_of(send.payload)
             self._counts["sent_bytes"] += len(payload)
             if self._checksums and isinstance(message, Sum | wire.Piece | wire.Squares) and not message.checksum:
                 message = replace(message, checksum=wire.checksum_of(payload))
-            frames += [wire.encode(message), payload]  # type: ignore[list-item]
+            sent = self._listener.send(send.to, [wire.encode(message), payload], copy=False)
         else:
-            frames.append(wire.encode(message))
-        try:
-            self._router.send_multipart(frames, zmq.NOBLOCK, copy=send.payload is None)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            self._act(self._shard.away(send.to, time.monotonic()))
-        else:
+            sent = self._listener.send(send.to, [wire.encode(message)])
+        if sent:
             self._shard.back(send.to)
+        else:
+            self._act(self._shard.away(send.to, time.monotonic()))
 
     def _map(self, effect: Map) -> None:
         session, request = effect.session, effect.request

@@ -27,6 +27,7 @@ from dtrain.ps.wire import (
     Hello,
     Inquire,
     Message,
+    Ping,
     Request,
     Resume,
     Share,
@@ -74,6 +75,8 @@ class Shard:
             if member is None:
                 return [] if isinstance(message, Bye) else list(members.stranger(session))
             members.back(member)
+            if isinstance(message, Ping):
+                return []
             if isinstance(message, Bye):
                 return self._leave(member, message.reason, now)
             if isinstance(message, Request):

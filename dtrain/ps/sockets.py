@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ipaddress
+import secrets
 import socket as net
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from dtrain.errors import ConnectError, DtrainError, KeyRefused, ProtocolError, UsageError
-from dtrain.ps.wire import PART_BYTES
+from dtrain.ps.wire import PART_BYTES, Message, encode
 
 HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 3.0
@@ -29,6 +31,8 @@ _HANDSHAKE_S = 5.0
 _TELL_S = 2.0
 """How long to go on after the first failed handshake: the side that hangs up first does not always say why."""
 
+_ZERO_COPY_BYTES = 64 * 2**10
+
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
 
@@ -38,7 +42,12 @@ def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes
 
     The queue of what comes must have no limit: libzmq 4.3 aborts when it pings a peer whose input it has stopped
     reading (its issue 4364), and a stranger could bring that about. Members keep to their credit.
+
+    Nobody may take a route that another connection has (ROUTER_HANDOVER): that makes libzmq stop reading too. So those
+    that connect give themselves none, and a session is known by the name in its messages.
     """
+    if kind == zmq.ROUTER:
+        _scatter_routes()
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDBUF, _KERNEL_BYTES)
@@ -54,8 +63,33 @@ def make(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else what cannot be delivered is dropped in silence
-        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that connects again is the same one: its name is random
     return socket
+
+
+def _scatter_routes() -> None:
+    """Let a ROUTER count its routes from a number that nobody knows.
+
+    libzmq aborts when the next one is taken, by a stranger that gave it to itself. It begins at C's rand(), which it
+    does not seed.
+    """
+    ctypes.CDLL(None).srand(secrets.randbits(32))
+
+
+def say(socket: zmq.Socket[bytes], name: bytes, message: Message, payload: memoryview | None = None) -> bool:
+    """Send a message to a server or a scheduler, as the session of that name.
+
+    False if it cannot be sent, now or later: what came was not ZeroMQ's protocol, and libzmq has ended the connection.
+    """
+    try:
+        socket.send(name, zmq.SNDMORE | zmq.NOBLOCK)
+        if payload is None:
+            socket.send(encode(message), zmq.NOBLOCK)
+        else:
+            socket.send(encode(message), zmq.SNDMORE | zmq.NOBLOCK)
+            socket.send(payload, zmq.NOBLOCK, copy=len(payload) < _ZERO_COPY_BYTES)
+    except zmq.Again:
+        return False
+    return True
 
 
 def check_address(address: str, *, insecure_no_encryption: bool = False) -> str:

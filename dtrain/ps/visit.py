@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import zmq
 
 from dtrain.errors import UsageError
 from dtrain.ps import keys as curve
-from dtrain.ps import sockets
+from dtrain.ps import sockets, wire
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A socket, and what tells of its connection."""
+
+    socket: zmq.Socket[bytes]
+    watch: sockets.Watch
+    _name: bytes
+
+    def say(self, message: wire.Message) -> None:
+        """Send, once the handshake is over."""
+        sockets.say(self.socket, self._name, message)
 
 
 @contextlib.contextmanager
-def visiting(address: str, pair: curve.Keys | None, role: str) -> Iterator[tuple[zmq.Socket[bytes], sockets.Watch]]:
-    """A socket that connects to the address, and what tells of its connection: await the handshake before sending.
+def visiting(address: str, pair: curve.Keys | None, role: str) -> Iterator[Visit]:
+    """A connection to the address: await the handshake before sending.
 
     Args:
         pair: CURVE keys to come with; None: no encryption.
@@ -28,7 +41,6 @@ def visiting(address: str, pair: curve.Keys | None, role: str) -> Iterator[tuple
     watch: sockets.Watch | None = None
     try:
         socket = sockets.make(context, zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, b"\x01" + secrets.token_bytes(15))
         if pair is not None:
             curve.secure(socket, pair, "worker")
         watch = sockets.Watch(socket, address, role)
@@ -36,7 +48,7 @@ def visiting(address: str, pair: curve.Keys | None, role: str) -> Iterator[tuple
             socket.connect(address)
         except zmq.ZMQError as error:
             raise UsageError(f"{role} is {address!r}: {error.strerror}; give tcp://host:port") from error
-        yield socket, watch
+        yield Visit(socket, watch, wire.new_name())
     finally:
         if watch is not None:
             watch.close()

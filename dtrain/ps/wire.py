@@ -2,11 +2,13 @@
 
 A message is one header frame and, for some kinds, payload frames. The header is an array: protocol number, kind, then
 the fields of the kind in order, and the crc32 of all that behind it. Nothing is allocated from a number on the wire,
-and nothing is unpickled.
+and nothing is unpickled. In front of what goes to a server or a scheduler there is one more frame, the name of the
+session that it belongs to.
 """
 
 from __future__ import annotations
 
+import secrets
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -21,7 +23,7 @@ from dtrain.comm import parts
 from dtrain.comm.base import DTYPES
 from dtrain.errors import ProtocolError
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_HEADER_BYTES = 4096
 PART_BYTES = parts.MOST_BYTES
 """A tensor travels in parts of at most this size, so that adding, sending and receiving overlap, and heartbeats do not
@@ -310,7 +312,7 @@ class Again:
 
 @dataclass(frozen=True)
 class Ping:
-    """The server makes sure that a worker can be reached; no answer."""
+    """The server makes sure that a worker can be reached, or a worker tells which connection is its own; no answer."""
 
 
 @dataclass(frozen=True)
@@ -410,6 +412,21 @@ _LARGEST = 2**63
 """Above all numbers in a header."""
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+_NAME_BYTES = 20
+
+
+def new_name() -> bytes:
+    """A name for a session, which nobody guesses: 16 bytes, and their crc32."""
+    name = b"\x01" + secrets.token_bytes(15)
+    return name + zlib.crc32(name).to_bytes(4, "little")
+
+
+def is_name(frame: bytes) -> bool:
+    """Whether a frame is the name of a session, as it was sent."""
+    sealed = len(frame) == _NAME_BYTES and zlib.crc32(frame[:-4]).to_bytes(4, "little") == frame[-4:]
+    return sealed and frame[:1] == b"\x01"
 
 
 def encode(message: Message) -> bytes:

@@ -98,6 +98,7 @@ class _Lane:
         self._source, self._destination, self._way, self._was_cut = source, destination, way, was_cut
         self._queue: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue(_QUEUED)
         self._messages, self._tail = _Messages(way), b""
+        self.held_until = 0.0
 
     async def read(self) -> None:
         data: bytes | None = b"-"
@@ -115,6 +116,8 @@ class _Lane:
             await asyncio.sleep(due - time.monotonic())
             await self._forward(self._messages.feed(data or b""))
         await self._way.gate()
+        if self.held_until:
+            await asyncio.Event().wait()
         if data is None:
             raise ConnectionResetError
         _fin(self._destination)
@@ -123,6 +126,8 @@ class _Lane:
         while data:
             size = max(1, min(_CHUNK, int(self._way.rate / 100))) if self._way.rate else _CHUNK
             await self._way.gate(min(size, len(data)))
+            while (left_s := self.held_until - time.monotonic()) > 0:
+                await asyncio.sleep(left_s)
             if self._was_cut.is_set():
                 return
             piece, end = self._alter(data[:size])
@@ -179,6 +184,7 @@ class Proxy:
         self._target = (host, port)
         self._ways = {"up": _Way(), "down": _Way()}
         self._serving: set[asyncio.Task[None]] = set()
+        self._upward: dict[socket.socket, _Lane] = {}  # by the client's end
         self.connections = 0  # accepted since the beginning
 
     def __enter__(self) -> Proxy:
@@ -220,6 +226,10 @@ class Proxy:
     def reset(self) -> None:
         """RST to both ends of every connection; new ones are served."""
         self._do(self._reset())
+
+    def strand(self, seconds: float) -> None:
+        """FIN to the client of every connection; what it has sent there arrives so much later, and no end behind it."""
+        self._do(self._strand(seconds))
 
     def reset_after(self, nbytes: int, direction: str) -> None:
         """RST to both ends, right behind that byte."""
@@ -281,6 +291,12 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
 
+    async def _strand(self, seconds: float) -> None:
+        for client, lane in self._upward.items():
+            lane.held_until = time.monotonic() + seconds
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
     async def _serve(self, client: socket.socket) -> None:
         server, was_cut, tasks = socket.socket(), asyncio.Event(), list[asyncio.Task[None]]()
         with client, server:
@@ -290,7 +306,7 @@ class Proxy:
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 await self._ways["up"].gate()
                 await self._loop.sock_connect(server, self._target)
-                up = _Lane(client, server, self._ways["up"], was_cut)
+                up = self._upward[client] = _Lane(client, server, self._ways["up"], was_cut)
                 down = _Lane(server, client, self._ways["down"], was_cut)
                 tasks += [self._loop.create_task(c) for c in (up.read(), up.write(), down.read(), down.write())]
                 await asyncio.gather(*tasks)
@@ -300,3 +316,5 @@ class Proxy:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 for end in (client, server):
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            finally:
+                self._upward.pop(client, None)

@@ -253,8 +253,10 @@ def test_training_over_two_servers_and_bad_links(how: str):
     assert sum(proxy.fired for proxy in job.proxies) == 4
 
 
-def test_a_connection_that_breaks_while_a_worker_computes(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("far", [True, False])
+def test_a_connection_that_breaks_while_a_worker_computes(far: bool, monkeypatch: pytest.MonkeyPatch):
     """It comes back by itself; nobody asks for anything, but the server's Ping finds out."""
+    monkeypatch.setattr("dtrain.ps.sockets.is_far", lambda address: far)
     monkeypatch.setattr("dtrain.ps.server._PING_S", 0.1)
     monkeypatch.setattr("dtrain.ps.sockets.GRACE_S", 1.0)
     job = Job()
@@ -265,6 +267,29 @@ def test_a_connection_that_breaks_while_a_worker_computes(monkeypatch: pytest.Mo
         time.sleep(1.7)
 
     exact(job, steps, {1: fault})
+
+
+@BOTH
+@pytest.mark.parametrize("late_s", [0.0, 0.3])
+def test_what_comes_late_by_an_older_connection(work: Work, late_s: float):
+    """The worker speaks by a newer one by then, and is answered there: it never learns of the old one's bytes."""
+    job = Job()
+
+    def break_() -> None:
+        job.proxy.strand(late_s)
+        job.proxy.heal()
+
+    def fault() -> None:
+        job.proxy.blackhole(direction="up")
+        breaking = threading.Timer(0.1, break_)
+        breaking.start()
+        timers.append(breaking)
+
+    timers: list[threading.Timer] = []
+    exact(job, work, dict.fromkeys(range(1, 8, 2), fault), rounds=10)
+    assert job.proxy.connections == 5
+    for timer in timers:
+        timer.join()
 
 
 @BOTH
@@ -286,6 +311,16 @@ def test_flipped_bits_in_large_messages(work: Work, direction: str):
     faults: Faults = {n: lambda at=at: job.proxy.flip(at[0], direction, at[1]) for n, at in enumerate(places)}  # type: ignore[misc]
     exact(job, work, faults, rounds=len(places) + 1)
     assert job.proxy.fired == len(places)
+
+
+@BOTH
+def test_a_flipped_bit_in_a_sessions_name(work: Work):
+    job = Job()
+    link = job.workers[1].links[0]
+    faults: Faults = {n: lambda n=n: job.proxy.flip_in(link._name[:8], n, "up") for n in range(12)}  # type: ignore[misc]
+    exact(job, work, faults, rounds=13)
+    assert job.proxy.fired == 12
+    assert job.proxy.connections == 1
 
 
 @pytest.mark.parametrize(
@@ -358,6 +393,26 @@ def test_flipped_bits_anywhere(direction: str, seed: int, monkeypatch: pytest.Mo
     assert ended is not None or outcomes == [None, None]
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_connection_that_zeromq_gives_up():
+    """It does not connect again after what is not its protocol: a worker that sends then does not wait for ever."""
+    job = Job(timeout_s=2.0)
+    ended_s = []
+
+    def fault(number: int) -> None:
+        if number == 1:
+            job.proxy.flip(0, "down", bit=1)  # of a frame's flags: its length has eight bytes then
+            while not job.proxy.fired:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            ended_s.append(time.monotonic())
+
+    outcomes = job.both(sums, fault)
+    assert max(job.ended_at) - ended_s[0] < 6
+    assert all(isinstance(each, CommError) for each in (*outcomes, *job.end())), outcomes
+    assert job.proxy.connections == 1
+
+
 # --- what lasts too long
 
 
@@ -406,7 +461,7 @@ def test_a_partition_from_one_of_two_servers():
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_worker_that_was_cut_off_for_long_is_fenced():
+def test_a_worker_that_was_cut_off_for_long_and_replaced_is_fenced():
     """It does not know: it computed, and its connection is back."""
     job = Job(on_loss="wait")
     first, old = job.workers
@@ -415,7 +470,7 @@ def test_a_worker_that_was_cut_off_for_long_is_fenced():
         first.all_reduce(torch.ones(1), "metric/x").wait()
     assert caught.value.epoch == 1
     job.proxy.heal()
-    with pytest.raises(Fenced, match="goes on without this worker"):
+    with pytest.raises(Rewound):
         old.all_reduce(torch.ones(1), "metric/x").wait()
     _, new = all_of(lambda: first.rejoin(1), lambda: job.join(1, incarnation=1))
     assert isinstance(new, ParameterServer)

@@ -467,6 +467,19 @@ def test_zeromq_loses_the_answer_during_which_the_connection_breaks(pair: Pair) 
     assert pair.quiet()
 
 
+def test_zeromq_reads_an_older_connection_late(pair: Pair) -> None:
+    pair.proxy.blackhole(direction="up")
+    pair.dealer.send(b"before")
+    assert pair.quiet()
+    pair.proxy.strand(0.5)
+    pair.proxy.heal()
+    pair.comes(zmq.EVENT_DISCONNECTED)
+    pair.comes(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    pair.dealer.send(b"after")
+    assert pair.arrives(b"after") != pair.arrives(b"before")
+    assert pair.proxy.connections == 2
+
+
 def test_zeromq_loses_nothing_in_a_short_silence(pair: Pair) -> None:
     pair.proxy.blackhole()
     pair.dealer.send(b"held")

@@ -131,12 +131,23 @@ def listens_at(child: subprocess.Popen[str]) -> str:
     return line.split()[2]
 
 
+class Stranger(zmq.Socket[bytes]):
+    """A socket with the name of a session."""
+
+    name = b""
+
+    def say(self, *frames: bytes, copy: bool = True) -> None:
+        """Send a message of that session."""
+        self.send_multipart([self.name, *frames], copy=copy)
+
+
 @contextlib.contextmanager
-def dealer(address: str | None, kind: int = zmq.DEALER) -> Iterator[zmq.Socket[bytes]]:
+def dealer(address: str | None, kind: int = zmq.DEALER) -> Iterator[Stranger]:
     """A stranger's socket, connected if there is an address."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        stranger = context.socket(kind)
+        stranger = context.socket(kind, socket_class=Stranger)
+        stranger.name = wire.new_name()
         stranger.linger = 500
         if address is not None:
             stranger.connect(address)
@@ -145,7 +156,7 @@ def dealer(address: str | None, kind: int = zmq.DEALER) -> Iterator[zmq.Socket[b
         context.destroy()
 
 
-def reply(stranger: zmq.Socket[bytes]) -> wire.Failed | None:
+def reply(stranger: Stranger) -> wire.Failed | None:
     """What the server says to a stranger, if anything."""
     while stranger.poll(3000):
         message = wire.decode(stranger.recv_multipart()[0])

@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 import zmq
 
 from dtrain import errors
-from dtrain.ps import lanes, wire
+from dtrain.ps import lanes, sockets, wire
 from dtrain.ps.lanes import Segment
 from dtrain.ps.layout import BucketRange
 from dtrain.ps.pieces import Piece
@@ -34,6 +35,7 @@ from tests.ps.serving import (
     SETTINGS,
     Bench,
     Pair,
+    Running,
     dealer,
     header,
     hello,
@@ -42,6 +44,8 @@ from tests.ps.serving import (
     own_socket,
     process,
     sealed,
+    work_and_leave,
+    workers_of,
 )
 
 JOB = "the right job"
@@ -192,24 +196,51 @@ def test_another_kind_of_socket(served: Served, kind: int):
 
 
 @pytest.mark.parametrize("name", [b"\x01", b"w" * 255, b"a worker"], ids=["short", "255 bytes", "a name"])
-def test_two_strangers_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes):
-    """The name is what a stranger likes; a worker's is random, and told to nobody but the server.
+def test_two_strangers_of_one_name(served: Served, name: bytes):
+    """ZeroMQ lets a stranger name its connection as it likes, and as another one. The first has the name."""
 
-    The server is one of its own, and ends before the strangers leave: the connection that lost its name, when it is
-    closed at last, can make libzmq abort (see "Not shown" in tests/faults/README.md).
-    """
+    def stranger(stack: contextlib.ExitStack, number: int) -> zmq.Socket[bytes]:
+        made = stack.enter_context(dealer(None))
+        made.linger = 0
+        made.routing_id = b"%d" % number + name[:250]
+        made.connect(served.address)
+        made.send(b"hello")
+        return made
+
+    with served.unharmed():
+        for _ in range(2):
+            with contextlib.ExitStack() as later, contextlib.ExitStack() as sooner:
+                first = [stranger(sooner, number) for number in range(10)]
+                assert all(each.poll(5000) for each in first)
+                second = [stranger(later, number) for number in range(10)]
+                served.pair.step()
+                for each in first:
+                    each.recv()
+                    each.send(b"again")
+                    assert each.poll(5000)
+                for each in second:
+                    assert not each.poll(0)
+                time.sleep(0.05)
+            time.sleep(sockets.HEARTBEAT_S + 0.3)  # libzmq looks at what is left of a connection when it next pings
+            served.pair.step()
+
+
+def test_a_stranger_that_takes_the_routes_of_those_who_come_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """libzmq aborts when a route that it makes is taken: it counts them from a number that is not told."""
     monkeypatch.setenv("DTRAIN_JOB_ID", JOB)
-    with contextlib.ExitStack() as strangers, contextlib.ExitStack() as stack:
+    unseeded = 0x6B8B4567
+    with contextlib.ExitStack() as stack:
         served = Served(stack, tmp_path)
-        poller = zmq.Poller()
-        with served.unharmed():
-            for _ in range(2):
-                stranger = strangers.enter_context(dealer(None))
-                stranger.routing_id = name
+        with served.unharmed(), contextlib.ExitStack() as strangers:
+            context = strangers.enter_context(zmq.Context())
+            for number in range(100):
+                stranger = strangers.enter_context(context.socket(zmq.DEALER))
+                stranger.linger = 0
+                if number < 60:
+                    stranger.routing_id = b"\0" + (unseeded + 20 + number).to_bytes(4, "big")
                 stranger.connect(served.address)
                 stranger.send(b"hello")
-                poller.register(stranger, zmq.POLLIN)
-            assert poller.poll(5000)  # one of them has the name in the end
+                assert stranger.poll(5000)
 
 
 def test_a_peer_that_never_reads(served: Served):
@@ -217,7 +248,7 @@ def test_a_peer_that_never_reads(served: Served):
         stranger.rcvhwm = 1
         stranger.linger = 0
         for number in range(20_000):
-            stranger.send(wire.encode(wire.Fetch(number, 0, 0)))
+            stranger.say(wire.encode(wire.Fetch(number, 0, 0)))
             if number % 5000 == 0:
                 served.pair.step()
 
@@ -228,7 +259,7 @@ def test_a_flood(served: Served):
         stranger.linger = 0
         for _ in range(4):
             for _ in range(100):
-                stranger.send_multipart([b"", bytes(wire.PART_BYTES)], copy=False)
+                stranger.say(b"", bytes(wire.PART_BYTES), copy=False)
             served.pair.step()
 
 
@@ -405,18 +436,105 @@ SILENT = {
 }
 
 
-@pytest.mark.parametrize("frames", MESSAGES.values(), ids=MESSAGES.keys())
-def test_a_strangers_message(served: Served, frames: list[bytes], request: pytest.FixtureRequest):
-    with served.unharmed(), dealer(served.address) as stranger:
-        stranger.send_multipart(frames)
-        if request.node.callspec.id not in SILENT:
-            assert stranger.poll(5000)
-            answer = wire.decode(stranger.recv_multipart()[0])
+@pytest.mark.parametrize("what", MESSAGES)
+def test_a_strangers_message(served: Served, what: str):
+    with served.unharmed(), dealer(served.address) as stranger, dealer(served.address) as nameless:
+        stranger.say(*MESSAGES[what])
+        nameless.send_multipart(MESSAGES[what])
+        for each in (stranger, nameless) if what not in SILENT else ():
+            assert each.poll(5000)
+            answer = wire.decode(each.recv_multipart()[0])
             assert isinstance(answer, wire.Failed)
             assert answer.kind in ("ProtocolError", "UsageError", "StateLost", "Fenced")
+            assert each is stranger or answer.kind == "ProtocolError"
             assert "\x1b" not in answer.text
             assert "\n" not in answer.text
         served.pair.step()
+
+
+def test_an_older_worker_is_told_what_to_do(served: Served):
+    """Its message begins with the header, and it has named its connection."""
+    with served.unharmed(), dealer(None) as older:
+        older.routing_id = b"\x01" + bytes(15)
+        older.connect(served.address)
+        older.send(header(4, 0, *vars(HELLO).values()))
+        assert older.poll(5000)
+        answer = wire.decode(older.recv_multipart()[0])
+    words = f"protocol 4, and this side speaks {wire.PROTOCOL}: install one version everywhere"
+    assert answer == wire.Failed("ProtocolError", words)
+
+
+# --- strangers that speak for others
+
+
+def test_a_stranger_that_speaks_for_a_worker(tmp_path: Path):
+    """It knows the worker's route and all but the last byte of its name, which nobody is told."""
+    running = Running(own_socket(tmp_path))
+    workers = workers_of(running.address, lanes="off")
+    listener = running.server._listener
+    farewell = wire.encode(wire.Bye("ValueError: all of you, stop"))
+    members = {m.session for m in running.server._shard.members.present}
+    routes = {session: listener._routes[session][-1] for session in members}
+    assert len(routes) == 2
+    for session, route in routes.items():
+        almost = session[:-1] + bytes([session[-1] ^ 1])
+        for name in (almost, session[:-1], session + b"\0", session[::-1], b"", bytes(20), route):
+            for own in (None, route, session):
+                with dealer(None) as stranger:
+                    if own is not None:
+                        stranger.routing_id = own
+                    stranger.connect(running.address)
+                    stranger.send_multipart([name, farewell])
+                    stranger.send(farewell)
+                    if own == route:
+                        assert not stranger.poll(20)  # the route is taken: ZeroMQ does not read from it
+                        continue
+                    assert stranger.poll(5000)
+                    answer = wire.decode(stranger.recv_multipart()[0])
+                    assert isinstance(answer, wire.Failed)
+                    assert answer.kind == "ProtocolError"
+    assert {session: listener._routes[session][-1] for session in members} == routes
+    work_and_leave(workers)
+    assert running.ended() is None
+
+
+def test_a_stranger_with_many_names_on_one_connection(tmp_path: Path):
+    """It has the first, and is not heard for ever."""
+    running = Running(own_socket(tmp_path))
+    workers = workers_of(running.address, lanes="off")
+    answers = 0
+    with dealer(running.address) as stranger:
+        for _ in range(3000):
+            stranger.say(wire.encode(wire.Fetch(0, 0, 0)))
+            stranger.name = wire.new_name()
+        while stranger.poll(300):
+            answer = wire.decode(stranger.recv_multipart()[0])
+            assert isinstance(answer, wire.Failed)
+            assert answer.kind == ("StateLost" if answers == 0 else "ProtocolError")
+            answers += 1
+    assert 900 < answers <= 1001
+    assert len(running.server._listener._routes) == 3
+    work_and_leave(workers)
+    assert running.ended() is None
+
+
+def test_many_strangers_push_no_worker_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their names are forgotten; one that speaks again is answered all the same."""
+    monkeypatch.setattr("dtrain.ps.listener._MOST_STRANGERS", 20)
+    running = Running(own_socket(tmp_path))
+    listener = running.server._listener
+    listener._room = 20
+    workers = workers_of(running.address, lanes="off")
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(dealer(running.address)) for _ in range(100)]
+        for stranger in (*strangers, *strangers):
+            stranger.say(wire.encode(wire.Inquire()))
+            assert stranger.poll(5000)
+            assert isinstance(wire.decode(stranger.recv()), wire.Standing)
+            assert len(listener._routes) <= 22
+            assert len(listener._session_of) <= 22
+        work_and_leave(workers)
+    assert running.ended() is None
 
 
 # --- messages of workers, each to a server of its own without a network

@@ -37,10 +37,10 @@ def impostor(answers: Answers) -> Iterator[str]:
     def serve() -> None:
         while not over.is_set():
             if router.poll(20):
-                session, head, *_ = router.recv_multipart()
+                route, _, head, *_ = router.recv_multipart()
                 for frames in answers(wire.decode(head)):
                     with contextlib.suppress(zmq.ZMQError):  # it is gone
-                        router.send_multipart([session, *frames])
+                        router.send_multipart([route, *frames])
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -250,7 +250,7 @@ def test_staging_buffers_are_few(own_temporary_directory: Path):
         for work in works:
             work.wait()
         assert [f.tolist() for f in flats] == [[2.0] * 100_000, [3.0] * 100_000]
-    assert len(made) == 2
+    assert 1 <= len(made) <= 2  # the first sum may be over before the second begins
     small = torch.ones(10)
     worker.all_reduce(small, "metric/x").wait()
     assert len(made) == 2  # what is small is sent

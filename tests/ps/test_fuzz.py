@@ -209,12 +209,12 @@ def test_a_strangers_mutants_at_a_real_port():
     with dealer(running.address) as stranger:
         stranger.linger = 0
         for number, frames in enumerate(mutants(MESSAGES, 3000, 7)):
-            stranger.send_multipart(frames)
+            stranger.say(*frames)
             if number % 500 == 0:
                 works = [w.all_reduce(f, "gradient/9") for w, f in zip(workers, flats, strict=True)]
                 for work in works:
                     work.wait()
-        stranger.send(wire.encode(wire.Fetch(0, 0, 0)))
+        stranger.say(wire.encode(wire.Fetch(0, 0, 0)))
         while stranger.poll(5000):
             last = wire.decode(stranger.recv_multipart()[0])
             if isinstance(last, wire.Failed) and last.kind == "StateLost" and not stranger.poll(50):
@@ -228,11 +228,11 @@ def test_a_workers_mutants_end_the_job_by_a_name(own_temporary_directory: Path, 
     for seed in range(8):
         running = Running(own_socket(own_temporary_directory))
         with dealer(running.address) as bad, dealer(running.address) as good:
-            good.send(wire.encode(hello(0)))
-            bad.send(wire.encode(hello(1)))
+            good.say(wire.encode(hello(0)))
+            bad.say(wire.encode(hello(1)))
             assert bad.poll(5000)
             for frames in mutants(MESSAGES, 300, seed):
-                bad.send_multipart(frames)
+                bad.say(*frames)
             error = running.ended()
         assert isinstance(error, DtrainError), error
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import zmq
 
 from dtrain.cli import main
 from dtrain.comm import collectives
@@ -31,6 +30,7 @@ from dtrain.ps.server import Server
 from dtrain.ps.wire import Add, Bye, Sum
 from tests.ps.serving import (
     Running,
+    Stranger,
     all_of,
     dealer,
     hello,
@@ -273,9 +273,9 @@ def no_board(monkeypatch: pytest.MonkeyPatch) -> None:
 class Member:
     """A worker by hand: it may send anything."""
 
-    def __init__(self, stranger: zmq.Socket[bytes], rank: int) -> None:
+    def __init__(self, stranger: Stranger, rank: int) -> None:
         self.socket = stranger
-        stranger.send(wire.encode(hello(rank)))
+        stranger.say(wire.encode(hello(rank)))
 
 
 ADD = Add(0, 0, "metric/sum", 0, 0, "float64", 0)
@@ -303,7 +303,7 @@ def test_a_worker_that_misbehaves_is_named_to_the_others(
         good = ParameterServer(running.address, 0, 2, timeout_s=30, connect_timeout_s=20)
         flat = torch.ones(1, dtype=torch.float64)
         work = good.all_reduce(flat, "metric/sum")
-        stranger.send_multipart(frames)
+        stranger.say(*frames)
         with pytest.raises(kind, match=words) as caught:
             work.wait()
         assert re.search(r"workers? \[?1", str(caught.value))
@@ -325,13 +325,13 @@ def test_what_the_network_damaged_is_asked_for_again(address: str):
         flat = torch.ones(1, dtype=torch.float64)
         work = good.all_reduce(flat, "metric/sum")
         for damaged in ([wire.encode(message)[:-1] + b"\0", payload], [wire.encode(message), b"\1" + payload[1:]]):
-            stranger.send_multipart(damaged)
+            stranger.say(*damaged)
             while not isinstance(wire.decode(stranger.recv_multipart()[0]), wire.Again):
                 pass
-        stranger.send_multipart([wire.encode(message), payload])
+        stranger.say(wire.encode(message), payload)
         work.wait()
         assert float(flat) == 3.0
-        stranger.send(wire.encode(Bye("")))
+        stranger.say(wire.encode(Bye("")))
         good.close()
         assert running.ended() is None
 
