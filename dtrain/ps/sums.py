@@ -9,11 +9,10 @@ other one's bits; all outputs still agree.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dtrain.comm.base import DTYPES
@@ -28,29 +27,20 @@ _CACHE_BYTES = 2**20
 _ALONE_BYTES = 2**20
 """Inputs up to this size are summed by the caller: another thread would wake up when the work is done."""
 
-Step = Callable[[Tensor, int], Tensor]
-"""Gets a piece's sum and the index of its first element; returns what the outputs are to receive in its place, as many
-elements of the same type. Called from several threads, each piece once, in no fixed order; may change the sum, and may
-return it."""
-
 
 class Reduction(Task):
     """One sum under way: see `Task` for how it is worked on."""
 
-    def __init__(
-        self, parts: Sequence[Tensor], outputs: Sequence[Tensor], *, pool: Pool | None = None, step: Step | None = None
-    ) -> None:
+    def __init__(self, parts: Sequence[Tensor], outputs: Sequence[Tensor], *, pool: Pool | None = None) -> None:
         """
         Args:
             parts: a flat tensor from each worker, in the order of workers.
             outputs: flat tensors that all receive the sum. Each may be one of the parts; else they do not overlap.
             pool: who helps.
-            step: what to do with a piece's sum before it is copied out.
         """
         _check(parts, outputs)
         first = parts[0]
         self._add = _add_halves if first.dtype in HALVES else _add_arrays
-        self._step = step
         arrays = {id(t): _array(t) for t in (*parts, *outputs)}
         self._parts = [arrays[id(t)] for t in parts]
         self._outputs = [arrays[id(t)] for t in outputs]
@@ -63,21 +53,9 @@ class Reduction(Task):
         piece = slice(number * self._piece, (number + 1) * self._piece)
         place = None if self._target is None else self._outputs[self._target][piece]
         total = self._add([p[piece] for p in self._parts], place)
-        if self._step is not None:
-            summed = total if isinstance(total, Tensor) else torch.from_numpy(total)
-            result = self._step(summed, piece.start)
-            if result is not summed:
-                total = _array(result)
         for i, output in enumerate(self._outputs):
             if i != self._target or total is not place:
                 output[piece] = total
-
-
-def reduce(
-    parts: Sequence[Tensor], outputs: Sequence[Tensor], *, pool: Pool | None = None, step: Step | None = None
-) -> None:
-    """Write the sum of all parts, in their order, into all outputs. Arguments as of `Reduction`."""
-    Reduction(parts, outputs, pool=pool, step=step).finish()
 
 
 def _piece_bytes(parts: int) -> int:

@@ -37,7 +37,7 @@ from dtrain.ps.members import Send, Session, Terms
 from dtrain.ps.optimizers import spec_of
 from dtrain.ps.pieces import Piece
 from dtrain.ps.shard import Shard
-from dtrain.ps.sums import reduce
+from dtrain.ps.sums import Reduction
 from dtrain.ps.wire import Done, Message, Request
 
 NUMEL = 3
@@ -154,7 +154,7 @@ class Host:
     def _sum_up(self, work: SumUp) -> None:
         payloads = [part.payload for _, part in work.parts]
         total = torch.empty_like(payloads[0])
-        reduce(payloads, [total])
+        Reduction(payloads, [total]).finish()
         self.summed.append((self.epoch, [part.rank for _, part in work.parts], total))
         for who, part in work.parts:
             if part.shared:

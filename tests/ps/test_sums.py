@@ -14,7 +14,7 @@ from torch import Tensor
 from dtrain.comm.base import DTYPES
 from dtrain.errors import UsageError
 from dtrain.ps import sums
-from dtrain.ps.sums import Reduction, reduce
+from dtrain.ps.sums import Reduction
 from dtrain.ps.tasks import Pool
 
 SIZES = [0, 1, 7, 4097, 140_001]  # the last one is several pieces of any type
@@ -27,6 +27,10 @@ def pool() -> Iterator[Pool]:
         pool = Pool(2)
         yield pool
         pool.close()
+
+
+def reduce(parts: list[Tensor], outputs: list[Tensor], pool: Pool | None = None) -> None:
+    Reduction(parts, outputs, pool=pool).finish()
 
 
 def parts_of(dtype: torch.dtype, workers: int, numel: int) -> list[Tensor]:
@@ -76,34 +80,6 @@ def test_parts_and_outputs_may_be_other_tensors_over_the_same_memory():
     assert all(same(row, wanted) for row in memory)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
-@pytest.mark.parametrize("outputs", [0, 3])
-def test_step_sees_each_element_once_and_says_what_goes_out(dtype, outputs, pool):
-    parts = [torch.full((300_001,), i, dtype=dtype) for i in range(3)]
-    parameters, seen, lock = torch.arange(300_001).to(dtype), torch.zeros(300_001), threading.Lock()
-    wanted = parameters - 3
-
-    def step(total: Tensor, start: int) -> Tensor:
-        piece = slice(start, start + len(total))
-        with lock:
-            seen[piece] += 1
-        return parameters[piece].sub_(total)
-
-    places = parts[:outputs]
-    reduce(parts, places, pool=pool, step=step)
-    assert bool((seen == 1).all())
-    assert same(parameters, wanted)
-    assert all(same(p, wanted) for p in places)
-
-
-def test_step_may_change_the_sum_itself(pool):
-    for dtype in (torch.float32, torch.float16):
-        for places in (1, 2):
-            parts = [torch.full((200_000,), i + 1.0, dtype=dtype) for i in range(2)]
-            reduce(parts, parts[:places], pool=pool, step=lambda total, start: total.div_(2))
-            assert all(bool((p == 1.5).all()) for p in parts[:places])
-
-
 def test_a_sum_can_be_made_a_little_at_a_time():
     parts = parts_of(torch.float32, 2, 300_001)
     wanted = in_order(parts)
@@ -124,16 +100,6 @@ def test_helpers_go_on_while_the_caller_does_something_else(pool):
     assert work._over.wait(20)
     assert work.advance(0.0)
     assert same(parts[2], wanted)
-
-
-def test_an_error_in_step_reaches_the_caller(pool):
-    def step(total: Tensor, start: int) -> Tensor:
-        raise ValueError(f"at {start}")
-
-    parts = [torch.ones(300_001) for _ in range(2)]
-    with pytest.raises(ValueError, match="at "):
-        reduce(parts, parts, pool=pool, step=step)
-    reduce(parts, parts, pool=pool)  # the helpers have survived
 
 
 def test_nothing_is_kept_when_a_sum_is_done(pool):
