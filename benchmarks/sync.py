@@ -19,11 +19,12 @@ Contenders:
     DeepSpeed   its shared-memory all-reduce, where deepspeed is found and can build it
 
 Each worker is one process that holds all of them at once. They take turns, round by round, and who begins rotates. All
-workers meet at a barrier before each turn. A turn is one sum; of a small gradient (up to 64 KB) it is 50 sums, one by
-one, and their mean counts, with what it takes to write the gradient anew before each: workers leave a barrier as
-far apart as a small sum is long. After the turn the sum is checked: every number in the first rounds and the last, some
-in the others. A round takes as long as its slowest worker. "times gloo's speed" is gloo's median over this one's: above
-1 is faster than gloo. GB/s is the size of the gradient over the median, whatever the transport moves for it.
+workers meet at a barrier before each turn, and after it: else those that are done would fill and check their gradients
+on the cores that the others' sums still need. A turn is one sum; of a small gradient (up to 64 KB) it is 50 sums, one
+by one, and their mean counts, with what it takes to write the gradient anew before each: workers leave a barrier as far
+apart as a small sum is long. After the turn the sum is checked: every number in the first rounds and the last, some in
+the others. A round takes as long as its slowest worker. "times gloo's speed" is gloo's median over this one's: above 1
+is faster than gloo. GB/s is the size of the gradient over the median, whatever the transport moves for it.
 """
 
 from __future__ import annotations
@@ -262,6 +263,7 @@ def _measure(task: Task, comm: dtrain.Backend, contenders: Sequence[Contender], 
                     torch.add(pattern, comm.rank + number % 100, out=flat)
                 call()
             taken_s = (time.perf_counter() - called_s) / calls
+            collectives.barrier(comm)
             stride = 1 if number < warmup or number == warmup + rounds - 1 else _STRIDE
             if contender.sums:
                 _check(contender.name, flat[::stride], pattern[::stride], task.workers, number % 100)

@@ -46,6 +46,7 @@ def examine() -> dict[str, Any]:
         "scikit-learn": _installed("sklearn"),
         "matplotlib": _installed("matplotlib"),
         "tensorboard": _installed("tensorboard"),
+        "numba": _installed("numba"),
         "C++ compiler": shutil.which("c++") or shutil.which("g++") or "none",
     }
     problems: list[str] = []

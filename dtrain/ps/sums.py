@@ -4,11 +4,12 @@ A tensor is summed in pieces that fit a core's own cache, and a piece's sum is c
 there: each byte crosses the memory bus once in and once out. Threads take pieces as they come. Types that numpy knows
 are added by numpy, whose calls hold the interpreter's lock for a fraction of the time that torch's do; it is that
 lock, not arithmetic, that keeps two threads from being twice as fast as one. (Of two NaNs that meet, numpy may keep the
-other one's bits; all outputs still agree.)
+other one's bits; all outputs still agree.) Large sums into all of their inputs are made in one pass, see `fused`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,14 @@ from dtrain.comm.base import DTYPES
 from dtrain.comm.ordered import HALVES
 from dtrain.comm.ordered import total as in_order
 from dtrain.errors import UsageError
+from dtrain.ps import fused
 from dtrain.ps.tasks import Pool, Task
 
 _CACHE_BYTES = 2**20
 """What the inputs of one piece take together: they stay in the second-level cache of a present-day server core."""
+
+_FUSED_BYTES = 2**20
+"""Of each input, where a piece is summed in one pass: that needs no cache, but helpers want their share."""
 
 _ALONE_BYTES = 2**20
 """Inputs up to this size are summed by the caller: another thread would wake up when the work is done."""
@@ -40,14 +45,19 @@ class Reduction(Task):
         """
         _check(parts, outputs)
         first = parts[0]
-        self._add = _add_halves if first.dtype in HALVES else _add_arrays
+        halves = first.dtype in HALVES
+        self._add = _add_halves if halves else _add_arrays
         arrays = {id(t): _array(t) for t in (*parts, *outputs)}
         self._parts = [arrays[id(t)] for t in parts]
         self._outputs = [arrays[id(t)] for t in outputs]
         self._target = _target(parts, outputs)
-        self._piece = _piece_bytes(len(parts)) // max(4, first.element_size())  # halves are widened to 4 bytes
-        helped = first.nbytes * len(parts) > _ALONE_BYTES
-        super().__init__(-(-first.numel() // self._piece), self._sum, pool=pool if helped else None)
+        large = first.nbytes * len(parts) > _ALONE_BYTES
+        into_all = sorted(t.data_ptr() for t in parts) == sorted(t.data_ptr() for t in outputs)
+        kernel = fused.kernel(str(first.numpy().dtype), len(parts)) if large and into_all and not halves else None
+        nbytes = _piece_bytes(len(parts)) if kernel is None else _FUSED_BYTES
+        self._piece = nbytes // max(4, first.element_size())  # halves are widened to 4 bytes
+        do = self._sum if kernel is None else functools.partial(self._sum_fused, kernel)
+        super().__init__(-(-first.numel() // self._piece), do, pool=pool if large else None)
 
     def _sum(self, number: int) -> None:
         piece = slice(number * self._piece, (number + 1) * self._piece)
@@ -56,6 +66,10 @@ class Reduction(Task):
         for i, output in enumerate(self._outputs):
             if i != self._target or total is not place:
                 output[piece] = total
+
+    def _sum_fused(self, kernel: fused.Kernel, number: int) -> None:
+        piece = slice(number * self._piece, (number + 1) * self._piece)
+        kernel(tuple(p[piece] for p in self._parts))
 
 
 def _piece_bytes(parts: int) -> int:
