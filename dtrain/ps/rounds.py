@@ -1,20 +1,28 @@
 """Rounds of a sum over workers: which are open, who is missing. No socket, no thread and no clock.
 
 A round is one part of one transfer: it opens with the first worker's contribution, is kept apart by worker until the
-last one has come, and is then summed in worker order.
+last one has come, and is then summed in worker order. A tensor in shared memory is one part, unless a worker that has
+no room there sends the same in several: then it is cut as that one has cut it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from dtrain.errors import LayoutError, ProtocolError
-from dtrain.ps.wire import Add, AddShared
+from dtrain.ps.wire import Add, AddShared, parts_of
 
 _Where = tuple[str, int, int]  # key, call, part
+
+
+@dataclass
+class _Request:
+    """What brought several parts."""
+
+    left: int
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,14 @@ class Part:
     payload: Tensor
     shared: bool  # in memory that the worker sees: the sum goes there
     round: tuple[str, int]  # key and call, whose part it is
+    number: int = 0  # of those that its request was cut into
+    of: _Request | None = None  # all of them
+
+    def ends_request(self) -> bool:
+        """It has been summed; whether all that its request brought has been."""
+        if self.of is not None:
+            self.of.left -= 1
+        return self.of is None or not self.of.left
 
 
 @dataclass
@@ -43,24 +59,41 @@ class Rounds:
         self._timeout_s = timeout_s
         self._open: dict[_Where, _Round] = {}
 
-    def add(self, rank: int, add: Add | AddShared, payload: Tensor, now: float) -> _Where:
-        """Take a contribution in; the round that it belongs to.
+    def add(self, rank: int, add: Add | AddShared, payload: Tensor, now: float) -> list[_Where]:
+        """Take a contribution in; the rounds that it belongs to.
 
         Raises:
             ProtocolError: the worker has contributed already.
             LayoutError: the others sent another size or type.
         """
-        where = (add.key, add.call, add.part)
-        round_ = self._open.setdefault(where, _Round(now, add.dtype, payload.numel()))
-        if rank in round_.parts:
-            raise ProtocolError(f"worker {rank} sent {add.key}, round {add.call}, part {add.part} twice")
-        if (add.dtype, payload.numel()) != (round_.dtype, round_.numel):
+        key, call = add.key, add.call
+        brought = [Part(rank, add.seq, payload, isinstance(add, AddShared), (key, call))]
+        first = self._open.get((key, call, 0))
+        if first is not None and first.numel != payload.numel():
+            there = list(first.parts.values())
+            if brought[0].shared and any(part.of or not part.shared for part in there):
+                brought = _cut(brought[0])
+            elif not brought[0].shared and add.part == 0 and all(part.shared and not part.of for part in there):
+                del self._open[key, call, 0]
+                for part in (piece for whole in there for piece in _cut(whole)):
+                    self._put((key, call, part.number), part, first.dtype, first.since_s)
+        wheres = [(key, call, add.part + part.number) for part in brought]
+        for where, part in zip(wheres, brought, strict=True):
+            self._put(where, part, add.dtype, now)
+        return wheres
+
+    def _put(self, where: _Where, part: Part, dtype: str, now: float) -> None:
+        key, call, number = where
+        numel = part.payload.numel()
+        round_ = self._open.setdefault(where, _Round(now, dtype, numel))
+        if part.rank in round_.parts:
+            raise ProtocolError(f"worker {part.rank} sent {key}, round {call}, part {number} twice")
+        if (dtype, numel) != (round_.dtype, round_.numel):
             raise LayoutError(
-                f"{add.key}, round {add.call}: worker {rank} sent {payload.numel()} x {add.dtype}, "
+                f"{key}, round {call}: worker {part.rank} sent {numel} x {dtype}, "
                 f"workers {sorted(round_.parts)} sent {round_.numel} x {round_.dtype}"
             )
-        round_.parts[rank] = Part(rank, add.seq, payload, isinstance(add, AddShared), (add.key, add.call))
-        return where
+        round_.parts[part.rank] = part
 
     def close(self, where: _Where, expected: Iterable[int]) -> list[Part] | None:
         """The round's parts in worker order, once all that are expected have come; it is open no more."""
@@ -99,3 +132,10 @@ class Rounds:
             if now - round_.since_s > self._timeout_s:
                 return [r for r in expected if r not in round_.parts], f"{key}, round {call}"
         return None
+
+
+def _cut(part: Part) -> list[Part]:
+    """As workers cut what they send by sockets."""
+    pieces = parts_of(part.payload)
+    request = _Request(len(pieces))
+    return [replace(part, payload=piece, number=i, of=request) for i, piece in enumerate(pieces)]

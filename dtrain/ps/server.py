@@ -391,9 +391,9 @@ class Server:
             by_socket = len(shared) < len(effect.parts)
             checksum = wire.checksum_of(wire.bytes_of(outputs[0])) if self._checksums and by_socket else 0
             for session, part in effect.parts:
-                if part.shared:
+                if part.shared and part.ends_request():
                     self._act(self._shard.answer(session, Done(part.seq)))
-                else:
+                elif not part.shared:
                     payload = outputs[0] if not shared else outputs[0].clone()
                     self._act(self._shard.answer(session, Sum(part.seq, checksum), payload))
 

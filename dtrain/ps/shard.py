@@ -293,9 +293,9 @@ class Shard:
         if gone or not self.members.complete:
             named = "; ".join(f"{m} ({m.left})" for m in gone) or "some workers"
             return self._fail(CommError(f"{add.key}, round {add.call}: not all are here any more: {named}"))
-        where = self._rounds.add(member.rank, add, payload, now)
-        parts = self._rounds.close(where, self.members.expected)
-        return [self._sum_up(parts)] if parts else []
+        wheres = self._rounds.add(member.rank, add, payload, now)
+        closed = [self._rounds.close(where, self.members.expected) for where in wheres]
+        return [self._sum_up(parts) for parts in closed if parts]
 
     def _sum_up(self, parts: list[Part]) -> SumUp:
         found = [(m.session, part) for part in parts if (m := self.members.of_rank(part.rank)) is not None]

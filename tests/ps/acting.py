@@ -159,7 +159,8 @@ class Host:
         for who, part in work.parts:
             if part.shared:
                 part.payload.copy_(total)
-                self.act(self.shard.answer(who, Done(part.seq)))
+                if part.ends_request():
+                    self.act(self.shard.answer(who, Done(part.seq)))
             else:
                 self.act(self.shard.answer(who, wire.Sum(part.seq, 0), total))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from torch import Tensor
 
 import dtrain
 from dtrain.comm import collectives
@@ -19,7 +20,7 @@ from dtrain.comm.base import Backend
 from dtrain.errors import CommError, ConnectError, DtrainError, Fenced, Finished, ProtocolError, Rewound, UsageError
 from dtrain.ps import sockets, wire
 from dtrain.ps.client import ParameterServer
-from tests.ps.serving import Running, header, own_socket, sealed, work_and_leave, workers_of
+from tests.ps.serving import Running, all_of, header, own_socket, sealed, work_and_leave, workers_of
 from tests.strangers import closed_port, listening, says_nothing
 
 Answers = Callable[[wire.Message], list[list[bytes]]]
@@ -251,11 +252,38 @@ def test_staging_buffers_are_few(own_temporary_directory: Path):
             work.wait()
         assert [f.tolist() for f in flats] == [[2.0] * 100_000, [3.0] * 100_000]
     assert 1 <= len(made) <= 2  # the first sum may be over before the second begins
+    large = len(made)
     small = torch.ones(10)
     worker.all_reduce(small, "metric/x").wait()
-    assert len(made) == 2  # what is small is sent
+    assert len(made) == large  # what is small is sent
     worker.close()
     assert running.ended() is None
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+@pytest.mark.parametrize("without", [0, 1])
+def test_shared_memory_may_have_room_for_some_workers_only(without: int, servers: int, own_temporary_directory: Path):
+    """The others keep theirs; it is told once, and sums are the same."""
+    sockets_ = [own_socket(own_temporary_directory) for _ in range(servers)]
+    running = [Running(s, 2, server=i, num_servers=servers) for i, s in enumerate(sockets_)]
+    workers = workers_of(",".join(sockets_), 2)
+    workers[without]._buffers.make = lambda nbytes: None  # type: ignore[method-assign]
+
+    def sums(rank: int) -> list[Tensor]:
+        flats = []
+        for call in range(4):
+            made = workers[rank].empty(1_000_001, torch.float32, "gradient/0")
+            flats.append(made.fill_(rank + 1.0).add_(torch.arange(1_000_001) % 7 * 0.1 + call))
+            workers[rank].all_reduce(flats[-1], "gradient/0").wait()
+        return flats
+
+    first, second = all_of(lambda: sums(0), lambda: sums(1))
+    for call, (a, b) in enumerate(zip(first, second, strict=True)):
+        pattern = torch.arange(1_000_001) % 7 * 0.1 + call
+        assert torch.equal(a, b)
+        assert torch.equal(a, (torch.full_like(a, 1.0) + pattern) + (torch.full_like(a, 2.0) + pattern))
+    work_and_leave(workers)
+    assert [r.ended() for r in running] == [None] * servers
 
 
 @pytest.mark.parametrize("numel", [3000, 100_000, 600_000], ids=["a message", "one part", "three parts"])

@@ -74,6 +74,49 @@ def test_shared_and_sent_parts_are_summed_together():
     assert place.tolist() == [2.0, 2.0]
 
 
+PARTS = ("part 0", "part 1", "part 2")
+ORDERS = [
+    order
+    for order in itertools.permutations(("whole 0", "whole 1", *PARTS))
+    if tuple(what for what in order if what in PARTS) == PARTS  # one connection keeps its order
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_worker_without_shared_memory_sums_with_those_that_have_some(order: tuple[str, ...]):
+    """It sends in parts what lies there in one piece; whoever is first, and however they mix."""
+    numel = 2 * wire.PART_BYTES // 4 + 5
+    values = [torch.randn(numel, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]
+    host, whole = joined(3, credit_bytes=2**30), [values[0].clone(), values[2].clone()]
+    parts = wire.parts_of(values[1])
+    sends: list[Send] = []
+    for what, number in (o.split() for o in order):
+        if what == "part":
+            sends += add(host, 1, parts[int(number)], seq=int(number), part=int(number))
+        else:
+            rank = 2 * int(number)
+            request = AddShared(0, 0, KEY, 0, 0, "float32", 0, 0, numel)
+            sends += host.receive(session(rank), request, whole[int(number)])
+    assert sorted((s.to, s.message.seq) for s in sends) == [  # type: ignore[union-attr]
+        *((session(0), 0), (session(1), 0), (session(1), 1), (session(1), 2), (session(2), 0)),
+    ]
+    wanted = in_order(values)
+    got = [s.payload for s in sends if isinstance(s.message, Sum) and s.payload is not None]
+    assert torch.equal(torch.cat(got), wanted)
+    assert all(torch.equal(w, wanted) for w in whole)
+
+
+def test_sizes_that_differ_are_refused_also_where_some_share():
+    for first, second in ((300_000, 300_001), (300_000, 262_144), (100, 90)):
+        host = joined(3, credit_bytes=2**30)
+        host.receive(session(0), AddShared(0, 0, KEY, 0, 0, "float32", 0, 0, first), torch.ones(first))
+        sends = host.receive(session(1), AddShared(0, 0, KEY, 0, 0, "float32", 0, 0, second), torch.ones(second))
+        assert f"sent {first} x float32" in failed(sends)[2]
+    host = joined(credit_bytes=2**30)
+    host.receive(session(0), AddShared(0, 0, KEY, 0, 0, "float32", 0, 0, 100), torch.ones(100))
+    assert "sent 100 x float32" in failed(add(host, 1, torch.ones(99)))[2]
+
+
 def test_a_part_in_two_requests_is_never_counted_twice():
     host = joined()
     add(host, 0, 1.0)

@@ -21,8 +21,8 @@ import torch
 from dtrain.cli import main
 from dtrain.comm import collectives
 from dtrain.errors import CommError, DtrainError, KeyRefused, ProtocolError, UsageError
+from dtrain.ps import fused, lanes, wire
 from dtrain.ps import keys as curve
-from dtrain.ps import lanes, wire
 from dtrain.ps import server as server_module
 from dtrain.ps.client import ParameterServer
 from dtrain.ps.members import Terms
@@ -41,6 +41,7 @@ from tests.ps.serving import (
     work_and_leave,
     workers_of,
 )
+from tests.ps.test_fused import compiled
 
 DTYPES = sorted(wire.DTYPE_NAMES)
 SIZES = [1, 1023, 16_385, 100_003, 600_001]
@@ -49,6 +50,13 @@ SIZES = [1, 1023, 16_385, 100_003, 600_001]
 @pytest.fixture(autouse=True)
 def brief_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_LAST_WORDS_S", 0.3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_before() -> None:
+    """What numba starts for itself when it is first used does not count, and servers here use what it has compiled."""
+    for dtype in fused.DTYPES:
+        compiled(dtype, 2)
 
 
 @pytest.fixture(autouse=True)
