@@ -48,7 +48,8 @@ class State:
     steps: int | None
     """Optimizer steps in all, where it is known; changes with the global batch."""
     snapshot: Callable[[], dict[str, object] | None]
-    """What a checkpoint holds, on worker 0; None elsewhere. All workers must call it."""
+    """What a checkpoint holds, on worker 0, or the next one if the job goes on without it; None elsewhere. All workers
+    must call it."""
     observe: Callable[[Observer], None]
     """`Replica.observe`: shows an observer each worker's gradients before they are summed."""
     resize: Callable[[int], None]

@@ -55,6 +55,7 @@ def summarise_run(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: floa
         "recipe": spec.recipe,
         "backend": comm.name,
         "workers": comm.world_size,
+        "written_by": collectives.first_here(comm),
         "dtype": spec.dtype,
         "epochs": epochs,
         "steps": state.step,

@@ -87,20 +87,21 @@ def train(comm: Backend, spec: RunSpec) -> dict[str, Any]:
     if trainer.config.joint or trainer.config.update == "server":
         trainer.replica.check()
     summary = summarise_run(trainer, recipe, spec, seconds, state.samples - samples_before)
+    writes = summary["written_by"] == comm.rank
     if spec.diagnose_batches and folder is not None:
         batches = _some_batches(trainer.data, state.epoch, spec.diagnose_batches, device)
         diagnosis = norm.diagnose(trainer.model, batches, comm=trainer.comm, forward=recipe.loss)
-        if comm.rank == 0:
+        if writes:
             write_record(folder / "diagnosis.json", dataclasses.asdict(diagnosis))
-    if comm.rank == 0 and folder is not None:
+    if writes and folder is not None:
         checkpoint.save_tensors(folder / "model.safetensors", state.model.state_dict())
         write_record(folder / "summary.json", summary)
     if spec.curvature_samples is not None:  # which may fail, where training has diverged
         progress = spec.progress and sys.stderr.isatty()
         summary["curvature"] = curvature(trainer, recipe, spec.curvature_samples, progress=progress)
-        if comm.rank == 0 and folder is not None:
+        if writes and folder is not None:
             write_record(folder / "summary.json", summary)
-        if comm.rank == 0 and spec.progress:
+        if writes and spec.progress:
             print(f"dtrain: {curvature_words(summary['curvature'])}", file=sys.stderr, flush=True)
     collectives.barrier(comm)
     return summary

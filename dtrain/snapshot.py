@@ -13,10 +13,12 @@ from dtrain.comm.base import Backend
 
 
 def gather_own(model: nn.Module, comm: Backend) -> list[dict[str, Any]]:
-    """Random state and buffers of all workers that are here, in order; on worker 0, an empty list elsewhere."""
+    """Random state and buffers of all workers that are here, in order; on the first of them, else an empty list."""
     own = {"random": generators.state(), "buffers": dict(model.named_buffers())}
     everyone = collectives.gather_bytes(comm, trees.dumps(own), "metric/snapshot")
-    return [trees.loads(data, f"worker {rank}") for rank, data in enumerate(everyone) if data] if comm.rank == 0 else []
+    if any(everyone[: comm.rank]):
+        return []
+    return [trees.loads(data, f"worker {rank}") for rank, data in enumerate(everyone) if data]
 
 
 @torch.no_grad()

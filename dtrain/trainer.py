@@ -554,7 +554,7 @@ class Trainer:
         hooks = {type(hook).__name__: kept for hook in self.hooks if (kept := hook.saved()) is not None}
         own = gather_own(self.model, self.comm)
         merged = merge_statistics(self.model, self.comm, samples=self.data.share)
-        if self.comm.rank != 0:
+        if not own:
             return None
         groups: dict[str, object] = {
             "model": {**self.model.state_dict(), **merged},

@@ -124,7 +124,7 @@ class Train(RunSpec, _Run):
                 summary = train_run(comm, spec)
             finally:
                 comm.close()
-            first = comm.rank == 0
+            first = summary.get("written_by", 0) == comm.rank
         if first and not self.quiet:
             print(f"{tables.run(summary)}\nRun directory: {run_dir}", flush=True)
         if first:

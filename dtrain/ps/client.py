@@ -159,6 +159,12 @@ class ParameterServer:
         check_flat(flat, key)
         with self.lock:
             self.check()
+            if key.startswith("gradient/") and self.on_loss == "drop" and self.world_size > 1:
+                raise UsageError(
+                    "a plain sum of gradients, and the servers drop workers that are lost: only servers that step know "
+                    "whose gradients count; give replicate() a dtrain.ServerUpdate, or start the servers with "
+                    "--on-worker-loss fail or wait"
+                )
             if self._board is not None and flat.nbytes <= board.MOST_BYTES and flat.device.type == "cpu" and len(flat):
                 return self._show(self._board, flat, key)
             call, self._calls[key] = self._calls[key], self._calls[key] + 1

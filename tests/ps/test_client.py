@@ -260,6 +260,18 @@ def test_staging_buffers_are_few(own_temporary_directory: Path):
     assert running.ended() is None
 
 
+def test_plain_sums_of_gradients_are_refused_where_workers_may_be_dropped(own_temporary_directory: Path):
+    """With one of them gone the sum would be no mean; with several servers, some would count it and others not."""
+    running = Running(own_socket(own_temporary_directory), 2, on_loss="drop")
+    workers = workers_of(running.address, 2)
+    with pytest.raises(UsageError, match=r"give replicate\(\) a dtrain.ServerUpdate"):
+        workers[0].all_reduce(torch.ones(5), "gradient/0")
+    all_of(*(lambda w=w: w.all_reduce(torch.ones(5), "metric/x").wait() for w in workers))
+    for worker in workers:
+        worker.close()
+    assert running.ended() is None
+
+
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("without", [0, 1])
 def test_shared_memory_may_have_room_for_some_workers_only(without: int, servers: int, own_temporary_directory: Path):
