@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-LEAST_BYTES = 64 * 2**10
+LEAST_BYTES = 16 * 2**10
 MOST_BYTES = 2**20
 PART_S = 0.002
 """A part is what is summed in this time: large enough for what a message costs (0.3 ms here), small enough that results
 travel while gradients still come."""
+SLOW_PART_BYTES = 64 * 2**10
+SLOW_PART_S = 0.010
+"""Over slow links a part is larger than that, up to those bytes and this time: where many processes share a processor a
+message costs 1 ms, and before the first part has come from all workers, links to them are idle."""
 UNDER_WAY = 4
 """Parts that a worker may have unanswered at a server over a network."""
 
 
 def part_bytes(bytes_per_s: float) -> int:
     """Size of a part, whole pages, where so much of a tensor is summed in a second, at each server."""
-    return min(MOST_BYTES, max(LEAST_BYTES, int(bytes_per_s * PART_S) & -4096))
+    wanted = max(bytes_per_s * PART_S, min(bytes_per_s * SLOW_PART_S, SLOW_PART_BYTES))
+    return min(MOST_BYTES, max(LEAST_BYTES, int(wanted) & -4096))

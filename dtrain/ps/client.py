@@ -114,6 +114,7 @@ class ParameterServer:
         """Held by who uses the links: the program's thread, the engine's (hooks of CUDA models), or the pump."""
         self._on_close = on_close
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._poller = zmq.Poller()
         self._closed = False
         self._cuts: dict[tuple[str, int, int], list[Range]] = {}
         self.links: list[Link] = []
@@ -507,9 +508,12 @@ class ParameterServer:
 
     def _join_once(self, deadline: float) -> None:
         self._context = zmq.Context(io_threads=min(4, len(self.addresses)))
+        self._poller = zmq.Poller()
         for server, address in enumerate(self.addresses):
             next_epoch = self.epoch + 1 if self._mended else 0
-            self.links.append(Link(self._context, address, server, self._joining, rewinds_to=next_epoch))
+            self.links.append(link := Link(self._context, address, server, self._joining, rewinds_to=next_epoch))
+            self._poller.register(link.socket, zmq.POLLIN)
+            self._poller.register(link.watch.monitor, zmq.POLLIN)
         for link in self.links:
             link.say_hello(self.epoch)
         while not all(link.welcome for link in self.links):
@@ -548,12 +552,8 @@ class ParameterServer:
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             return False
-        poller = zmq.Poller()
-        for link in self.links:
-            poller.register(link.socket, zmq.POLLIN)
-            poller.register(link.watch.monitor, zmq.POLLIN)
         wait_s = 0.0005 if self._device_copies else min(left_s, 0.5)
-        ready = dict(poller.poll(int(wait_s * 1000) + 1))
+        ready = dict(self._poller.poll(int(wait_s * 1000) + 1))
         if any(link.socket in ready for link in self.links):
             return True
         now = time.monotonic()

@@ -127,7 +127,7 @@ class Server:
         end_at = float("inf")
         members = self._shard.members
         while not self._stopped and not members.finished and time.monotonic() < end_at:
-            if self._router.poll(0 if self._jobs else int(_TICK_S * 1000)):
+            if self._listener.poll(0.0 if self._jobs else _TICK_S):
                 self._drain()
             self._work()
             now = time.monotonic()
@@ -167,10 +167,9 @@ class Server:
         for _ in range(_MOST_AT_ONCE):
             if self._jobs and time.monotonic() > deadline:
                 return
-            try:
-                came = self._listener.receive()
-            except zmq.Again:
+            if not self._listener.has_one:
                 return
+            came = self._listener.receive()
             if came is None:
                 continue
             if not self._knows(came.session):
@@ -315,7 +314,9 @@ class Server:
             self._counts["sent_bytes"] += len(payload)
             if self._checksums and isinstance(message, Sum | wire.Piece | wire.Squares) and not message.checksum:
                 message = replace(message, checksum=wire.checksum_of(payload))
-            sent = self._listener.send(send.to, [wire.encode(message), payload], copy=False)
+            sent = self._listener.send(
+                send.to, [wire.encode(message), payload], copy=len(payload) < sockets.ZERO_COPY_BYTES
+            )
         else:
             sent = self._listener.send(send.to, [wire.encode(message)])
         if sent:

@@ -31,7 +31,9 @@ _HANDSHAKE_S = 5.0
 _TELL_S = 2.0
 """How long to go on after the first failed handshake: the side that hangs up first does not always say why."""
 
-_ZERO_COPY_BYTES = 64 * 2**10
+ZERO_COPY_BYTES = 256 * 2**10
+"""From this size on a payload is handed over as it lies: what libzmq and Python then have to tell each other, through a
+thread, costs as much as to copy that much."""
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
@@ -86,7 +88,7 @@ def say(socket: zmq.Socket[bytes], name: bytes, message: Message, payload: memor
             socket.send(encode(message), zmq.NOBLOCK)
         else:
             socket.send(encode(message), zmq.SNDMORE | zmq.NOBLOCK)
-            socket.send(payload, zmq.NOBLOCK, copy=len(payload) < _ZERO_COPY_BYTES)
+            socket.send(payload, zmq.NOBLOCK, copy=len(payload) < ZERO_COPY_BYTES)
     except zmq.Again:
         return False
     return True

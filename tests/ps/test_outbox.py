@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtrain.comm import parts
 from dtrain.comm.base import Backend
 from dtrain.errors import CommError
 from dtrain.ps import wire
@@ -98,6 +99,13 @@ def test_parts_are_what_passes_in_two_milliseconds():
 
 def test_the_slowest_worker_counts_and_small_parts_have_a_bound():
     assert everywhere(lambda comm: learnt(comm, [1e12, 1e7]), backend="threads") == [64 * 2**10] * 2
+
+
+@pytest.mark.parametrize(("rate", "kib"), [(3e9, 1024), (4e8, 780), (2e7, 64), (3.2e6, 31), (1e5, 16)])
+def test_over_slow_links_parts_take_longer(rate: float, kib: int):
+    """But never so long as to leave other links idle; and a message costs what it costs."""
+    assert parts.part_bytes(rate) == pytest.approx(kib * 2**10, abs=4096)
+    assert parts.part_bytes(rate) % 4096 == 0
 
 
 def test_parts_are_never_longer_than_a_message():
