@@ -49,13 +49,14 @@ def summarise_run(trainer: Trainer, recipe: Recipe, spec: RunSpec, seconds: floa
     """The figures of a run: worker 0's typical step, everyone's beside it, and what the model has learnt."""
     state, comm = trainer.state, trainer.comm
     mine = json.dumps(summarise(trainer.records)).encode()
-    workers = [json.loads(data) for data in collectives.gather_bytes(comm, mine, "metric/summary") if data]
+    told = collectives.gather_bytes(comm, mine, "metric/summary")
+    workers = [json.loads(data) for data in told if data]
     epochs = state.epoch if trainer.config.steps is None else round(state.samples / len(recipe.train), 3)  # type: ignore[arg-type]
     return {
         "recipe": spec.recipe,
         "backend": comm.name,
         "workers": comm.world_size,
-        "written_by": collectives.first_here(comm),
+        "written_by": next(rank for rank, data in enumerate(told) if data),  # 0, unless the job goes on without it
         "dtype": spec.dtype,
         "epochs": epochs,
         "steps": state.step,

@@ -48,11 +48,6 @@ def gather_numbers(comm: Backend, numbers: Sequence[int], key: str = "metric/gat
     return table.tolist()
 
 
-def first_here(comm: Backend, key: str = "metric/here") -> int:
-    """The first worker of those that are here: 0, unless the job goes on without that one."""
-    return next(rank for rank, (here,) in enumerate(gather_numbers(comm, [1], key)) if here)
-
-
 def gather_bytes(comm: Backend, data: bytes, key: str = "metric/gather") -> list[bytes]:
     """Each worker's bytes, of any length, in worker order."""
     sizes = [row[0] for row in gather_numbers(comm, [len(data)], key)]

@@ -114,7 +114,6 @@ class ParameterServer:
         """Held by who uses the links: the program's thread, the engine's (hooks of CUDA models), or the pump."""
         self._on_close = on_close
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._poller = zmq.Poller()
         self._closed = False
         self._cuts: dict[tuple[str, int, int], list[Range]] = {}
         self.links: list[Link] = []

@@ -132,8 +132,9 @@ class Listener:
             return Came(route, session, frames[2:])
         return Came(route, session, [], _nameless(frames[1]))
 
-    def send(self, session: Session, frames: Sequence[bytes | memoryview], *, copy: bool = True) -> bool:
+    def send(self, session: Session, frames: Sequence[bytes | memoryview]) -> bool:
         """Send a message over a session's newest connection; False if none is there or it does not read."""
+        copy = len(frames[-1]) < sockets.ZERO_COPY_BYTES
         for route in reversed(self._routes.get(session, (session[1:],))):
             try:
                 self.router.send_multipart([route, *frames], zmq.NOBLOCK, copy=copy)

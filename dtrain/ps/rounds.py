@@ -70,12 +70,12 @@ class Rounds:
         brought = [Part(rank, add.seq, payload, isinstance(add, AddShared), (key, call))]
         first = self._open.get((key, call, 0))
         if first is not None and first.numel != payload.numel():
-            there = list(first.parts.values())
-            if brought[0].shared and any(part.of or not part.shared for part in there):
+            uncut = all(part.shared and not part.of for part in first.parts.values())
+            if isinstance(add, AddShared) and not uncut:
                 brought = _cut(brought[0])
-            elif not brought[0].shared and add.part == 0 and all(part.shared and not part.of for part in there):
+            elif isinstance(add, Add) and uncut and add.part == 0:
                 del self._open[key, call, 0]
-                for part in (piece for whole in there for piece in _cut(whole)):
+                for part in (piece for whole in first.parts.values() for piece in _cut(whole)):
                     self._put((key, call, part.number), part, first.dtype, first.since_s)
         wheres = [(key, call, add.part + part.number) for part in brought]
         for where, part in zip(wheres, brought, strict=True):

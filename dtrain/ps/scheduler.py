@@ -222,7 +222,7 @@ class Scheduler:
         """
         began = heard = time.monotonic()
         while not self._stopped:
-            came = self._listener.router.poll(int(min(_TICK_S, self._idle_s or _TICK_S) * 1000)) and self._drain()
+            came = self._listener.poll(min(_TICK_S, self._idle_s or _TICK_S)) and self._drain()
             now = time.monotonic()
             heard = now if came else heard
             self._send(self._roll.late(now))
@@ -246,10 +246,9 @@ class Scheduler:
         """Take what has arrived, up to a bound; whether any of it could be meant."""
         meant = False
         for _ in range(_MOST_AT_ONCE):
-            try:
-                came = self._listener.receive()
-            except zmq.Again:
+            if not self._listener.has_one:
                 break
+            came = self._listener.receive()
             if came is None:
                 continue
             try:

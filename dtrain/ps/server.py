@@ -89,7 +89,6 @@ class Server:
             send_queue=_SEND_QUEUE,
             servers_too=True,  # a server's host has no worker's key, and asks how it is: `dtrain health`
         )
-        self._router = self._listener.router
         self.address = self._listener.address
         if not isinstance(terms, Terms):
             try:
@@ -309,17 +308,14 @@ class Server:
 
     def _send(self, send: Send) -> None:
         message = send.message
+        frames: list[bytes | memoryview] = []
         if send.payload is not None:
             payload = wire.bytes_of(send.payload)
             self._counts["sent_bytes"] += len(payload)
             if self._checksums and isinstance(message, Sum | wire.Piece | wire.Squares) and not message.checksum:
                 message = replace(message, checksum=wire.checksum_of(payload))
-            sent = self._listener.send(
-                send.to, [wire.encode(message), payload], copy=len(payload) < sockets.ZERO_COPY_BYTES
-            )
-        else:
-            sent = self._listener.send(send.to, [wire.encode(message)])
-        if sent:
+            frames = [payload]
+        if self._listener.send(send.to, [wire.encode(message), *frames]):
             self._shard.back(send.to)
         else:
             self._act(self._shard.away(send.to, time.monotonic()))

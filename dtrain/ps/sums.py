@@ -45,15 +45,15 @@ class Reduction(Task):
         """
         _check(parts, outputs)
         first = parts[0]
-        halves = first.dtype in HALVES
-        self._add = _add_halves if halves else _add_arrays
+        self._add = _add_halves if first.dtype in HALVES else _add_arrays
         arrays = {id(t): _array(t) for t in (*parts, *outputs)}
         self._parts = [arrays[id(t)] for t in parts]
         self._outputs = [arrays[id(t)] for t in outputs]
         self._target = _target(parts, outputs)
         large = first.nbytes * len(parts) > _ALONE_BYTES
         into_all = sorted(t.data_ptr() for t in parts) == sorted(t.data_ptr() for t in outputs)
-        kernel = fused.kernel(str(first.numpy().dtype), len(parts)) if large and into_all and not halves else None
+        dtype = str(first.dtype).removeprefix("torch.")
+        kernel = fused.kernel(dtype, len(parts)) if large and into_all else None
         nbytes = _piece_bytes(len(parts)) if kernel is None else _FUSED_BYTES
         self._piece = nbytes // max(4, first.element_size())  # halves are widened to 4 bytes
         do = self._sum if kernel is None else functools.partial(self._sum_fused, kernel)
