@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 
@@ -50,6 +51,21 @@ def noise_after_greeting(peer: socket.socket) -> None:
 
 def closes(peer: socket.socket) -> None:
     """Accepts and hangs up."""
+
+
+def resets_with_keys(peer: socket.socket) -> None:
+    """A ZeroMQ peer with CURVE keys whose words are lost, as whoever writes more than it wants is reset."""
+    said = b""
+    peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03")
+    peer.settimeout(0.3)
+    with contextlib.suppress(TimeoutError):
+        while len(said) < 12:
+            said += peer.recv(12 - len(said)) or said.ljust(12)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return peer.close()
+    peer.sendall(b"\x01" + b"CURVE".ljust(52, b"\0"))
+    peer.settimeout(None)
+    says_nothing(peer)
 
 
 STRANGERS: list[Answer] = [says_nothing, http, http_keeps_open, ssh, noise, noise_after_greeting, closes]

@@ -9,7 +9,7 @@ import secrets
 import socket as net
 import time
 from collections.abc import Iterator
-from urllib.parse import urlparse
+from urllib.parse import ParseResult, urlparse
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -30,6 +30,8 @@ _KERNEL_BYTES = 4 * 2**20
 _HANDSHAKE_S = 5.0
 _TELL_S = 2.0
 """How long to go on after the first failed handshake: the side that hangs up first does not always say why."""
+
+_GREETING_BYTES = 64
 
 ZERO_COPY_BYTES = 256 * 2**10
 """From this size on a payload is handed over as it lies: what libzmq and Python then have to tell each other, through a
@@ -150,6 +152,38 @@ def _unresolved(address: str) -> str:
     return ""
 
 
+def _mechanism(address: str) -> bytes | None:
+    """How a ZeroMQ peer wants those that connect to prove themselves: `NULL`, `CURVE`; None where none answers.
+
+    A peer that has been sent the signature and the version sends its whole greeting, and waits for the rest (ZMTP 3.1,
+    RFC 37, "greeting").
+    """
+    greeting = b""
+    try:
+        with _plainly(urlparse(address)) as peer:
+            peer.sendall(b"\xff" + bytes(8) + b"\x7f" + b"\x03")
+            while len(greeting) < _GREETING_BYTES and (more := peer.recv(_GREETING_BYTES - len(greeting))):
+                greeting += more
+    except OSError:
+        return None
+    zeromq = len(greeting) == _GREETING_BYTES and (greeting[0], greeting[9]) == (0xFF, 0x7F)
+    return greeting[12:32].rstrip(b"\0") if zeromq else None
+
+
+def _plainly(url: ParseResult) -> net.socket:
+    """A connection without ZeroMQ."""
+    if url.scheme == "tcp":
+        return net.create_connection((url.hostname, url.port or 0), timeout=_TELL_S)
+    peer = net.socket(net.AF_UNIX)
+    try:
+        peer.settimeout(_TELL_S)
+        peer.connect(url.path)
+    except OSError:
+        peer.close()
+        raise
+    return peer
+
+
 class Watch:
     """Sees what happens to the connection of a socket that connects to one peer."""
 
@@ -186,7 +220,7 @@ class Watch:
                     hung_up = True
                     deadline = min(deadline, time.monotonic() + _TELL_S)
         if hung_up:
-            raise self._refusal(0, 0)
+            raise self._refusal(0, zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH if self._keys_differ() else 0)
         if accepted:
             raise ProtocolError(
                 f"{self._address} is not dtrain's {self._peer}: it accepts connections, but has not answered as a "
@@ -194,6 +228,15 @@ class Watch:
             )
         why = _unresolved(self._address) or f"is the {self._peer} started?"
         raise ConnectError(f"nobody answers at {self._address} within {timeout_s:g} s: {why}")
+
+    def _keys_differ(self) -> bool:
+        """Whether one side uses keys and the other does not.
+
+        Of two ZeroMQ peers of which that is so, the first to see it ends the connection, and where it has not read all
+        that came, the kernel drops what it had said. So it is asked, in a way that leaves nothing unread.
+        """
+        mechanism = _mechanism(self._address)
+        return mechanism is not None and self._keyed is (mechanism == b"NULL")
 
     def _refusal(self, event: int, value: int) -> DtrainError:
         """What a failed handshake means; 0 where the other side hung up without a word."""
