@@ -48,6 +48,19 @@ class Net(nn.Module):
         return self.layers[2](x + self.optional(x) if optional else x) * self.scale  # type: ignore[no-any-return]
 
 
+class Even(Net):
+    """Every parameter begins at a multiple of 16 bytes, however they are cut: on some processors MKL rounds a product of
+    matrices otherwise where one does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[2], self.never = nn.Linear(WIDTH, 6), nn.Linear(3, 4)
+        self.scale = nn.Parameter(torch.ones(2).view(2, 1, 1))
+
+    def forward(self, x: Tensor, optional: bool = True) -> Tensor:
+        return super().forward(x, optional).mean(0)
+
+
 class Tied(Net):
     """One matrix in two places, and one that lies transposed."""
 
@@ -155,8 +168,9 @@ CASES = {
         model=Conv, pieces=(5, 3, 2), shares=(2, 0, 5), clip=0.1, halve_every=2,
         optimizer=of(torch.optim.Adam, lr=0.01),
     ),
-    "one bucket": Case(bucket_mb=8.0),
-    "many buckets": Case(bucket_mb=1e-4),
+    "some buckets": Case(model=Even),
+    "one bucket": Case(model=Even, bucket_mb=8.0),
+    "many buckets": Case(model=Even, bucket_mb=1e-4),
 }  # fmt: skip
 
 HALVES = {
@@ -338,8 +352,8 @@ def test_timing_does_not_change_a_bit(name: str) -> None:
 def test_cutting_does_not_change_a_bit() -> None:
     """The size of buckets decides what travels together, and nothing else."""
     run = trained("3 servers")[0]
-    assert same_bits(run["one bucket"], run["sgd"])
-    assert same_bits(run["many buckets"], run["sgd"])
+    assert same_bits(run["one bucket"], run["some buckets"])
+    assert same_bits(run["many buckets"], run["some buckets"])
 
 
 def test_training_moves_the_model() -> None:
