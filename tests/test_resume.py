@@ -306,7 +306,10 @@ def there_and_back(comm: Any, folder: Path) -> dict[str, Any]:
     run("resumed", SERVED.but(resume=True, resume_step=5), "begun")
     run("resumed again", SERVED.but(resume=True, resume_step=7), "begun")
     run("resumed by servers", SERVED.but(resume=True, resume_step=5), "begun by workers")
-    run("resumed by workers", FULL.but(resume=True, resume_step=5), "begun")
+    if comm.rank == 0:
+        shutil.copytree(folder / "begun", folder / "begun by servers")
+    collectives.barrier(comm)
+    run("resumed by workers", FULL.but(resume=True, resume_step=5), "begun by servers")
     for optimizer in ("adam", "adafactor"):
         job = SHARED.but(optimizer=optimizer, update="server").with_config(steps=5)
         run(f"begun, {optimizer}", job, f"begun, {optimizer}")
@@ -343,23 +346,26 @@ def test_servers_go_on_with_the_same_bits(changed: tuple[Path, list[dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("name", "root"), [("resumed by servers", "begun by workers"), ("resumed by workers", "begun"), ("whole", "whole")]
+    ("name", "root"),
+    [("resumed by servers", "begun by workers"), ("resumed by workers", "begun by servers"), ("whole", "whole")],
 )
 def test_who_makes_the_steps_may_change(name: str, root: str, changed: tuple[Path, list[dict[str, Any]]]) -> None:
     """Workers go on with what servers have begun, and servers with what workers have: to rounding."""
     folder, found = changed
     for worker in found:
         whole = worker["whole, by workers"]
-        assert distance(worker[name]["parameters"], whole["parameters"]) <= ROUNDING
-        assert distance(worker[name]["buffers"], whole["buffers"]) <= ROUNDING
+        assert distance(worker[name]["parameters"], whole["parameters"]) <= DIVIDED
+        assert distance(worker[name]["buffers"], whole["buffers"]) <= DIVIDED
         assert not differences({k: worker[name][k] for k in LEFT}, {k: whole[k] for k in LEFT})
     here, there = (saved_optimizer(folder / r)["state"] for r in (root, "whole, by workers"))
     for number, state in there.items():
         assert state.keys() == here[number].keys()
         for key, value in state.items():
-            torch.testing.assert_close(here[number][key], value, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(here[number][key], value, rtol=DIVIDED, atol=1e-12)
 
 
+DIVIDED = 1e-9
+"""Adam divides the rounding of biases before batch norm, whose gradient is nothing else, by an eps of 1e-8."""
 LEFT = ("lr", "random", "position")
 
 
