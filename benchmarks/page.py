@@ -164,6 +164,7 @@ SCRIPTS = {
     "scaling": Script("Weak and strong scaling", draw=_draw_scaling, hosts=True),
     "sync": Script("Sum of a gradient on one host"),
     "links": Script("Sum of a gradient over slow links", hosts=True),
+    "links_step": Script("Training step over slow links", hosts=True),
     "stragglers": Script("One slow worker", _stragglers),
     "norm": Script("Kinds of batch norm", _norm),
     "norm_batch": Script("Test error by norm batch", _norm_batch, _draw_norm_batch),

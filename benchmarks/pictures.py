@@ -223,11 +223,13 @@ def kinds(rows: Sequence[Row], ink: Ink) -> Figure:
 
 
 def sums(rows: Sequence[Row], ink: Ink) -> Figure:
-    """Times to sum a gradient, a bar a contender: a panel for each number of workers, size and rate. A mark where the
-    bound is, where there is one."""
+    """Times to sum a gradient, or of a step, a bar a contender; a panel for each number of workers, size and rate. A
+    mark where the bound is, where there is one."""
     panels: dict[str, list[Row]] = {}
     for row in rows:
-        name = ", ".join([f"{row['workers']} workers", _size(row["bytes"]), *([row["rate"]] if "rate" in row else [])])
+        more = [row["rate"]] if "rate" in row else []
+        more += [f"computing {_digits(row['compute_ms'])} ms"] if "compute_ms" in row else []
+        name = ", ".join([f"{row['workers']} workers", _size(row["bytes"]), *more])
         panels.setdefault(name, []).append(row)
     heights = [44 + 19 * len(own) for own in panels.values()]
     drawn = _figure(14 + sum(heights))
@@ -235,7 +237,9 @@ def sums(rows: Sequence[Row], ink: Ink) -> Figure:
         drawn.subplots(len(panels), 1, height_ratios=heights, squeeze=False), panels.items(), strict=True
     ):
         for place, row in enumerate(own):
-            axes.barh(place, row["median_ms"], 0.68, color=ink("run5" if row["contender"] != "gloo" else "rest"))
+            axes.barh(
+                place, row["median_ms"], 0.68, color=ink("rest" if row["contender"] in ("gloo", "DDP") else "run5")
+            )
             bound = f", {row['of_bound']:.0%} of bound" if "of_bound" in row else ""
             _beside(axes, ink, f"{_digits(row['median_ms'])}{bound}", row["median_ms"], place)
             if "bound_ms" in row:
@@ -400,6 +404,9 @@ KINDS = {
     ),
     "norm": Kind("Forward and backward over plain batch norm's, a dot a shape", kinds),
     "sync": Kind("Time to sum a gradient on one host", sums, "Grey: gloo, the baseline."),
+    "links_step": Kind(
+        "Time of a training step over links", sums, "Orange: the longer of computing and sending; grey: DDP."
+    ),
     "links": Kind("Time to sum a gradient over links", sums, "Orange: the bound of the bytes; grey: gloo."),
     "stragglers": Kind("Time to a fixed loss with one slow worker", waits, "Bar: median of the runs; dots: each run."),
     "predict": Kind(

@@ -43,6 +43,9 @@ class TrainConfig:
     """With staleness: divide the learning rate by the staleness of each gradient."""
     delay_compensation: float = 0.0
     """With staleness: lambda of DC-ASGD, which corrects a gradient for what others changed meanwhile."""
+    early_forward: bool = False
+    """With update=server or sharded: the next forward begins before all parameters are there; each layer waits for its
+    own, and the numbers are the same."""
     nonfinite: Literal["allow", "skip", "abort"] = "allow"
     """What to do when a gradient of any worker is NaN or infinite: nothing; leave the step out; end the run. The last
     two name the worker and the parameter, and cost a look at the gradients and one message a step."""
@@ -74,6 +77,11 @@ class TrainConfig:
             if self.update != "server" and getattr(self, name) != default:
                 raise UsageError(f"{name} is {getattr(self, name)} with update={self.update}: it needs update=server")
         elsewhere = self.update in ("server", "sharded")
+        if self.early_forward and not (elsewhere and self.joint):
+            raise UsageError(
+                f"early_forward with update={self.update}, staleness={self.staleness}, "
+                f"backup_workers={self.backup_workers}: it needs update=server or sharded, and steps of all workers"
+            )
         if elsewhere and self.send_as != "same":
             raise UsageError(f"send_as is {self.send_as} with update={self.update}, which takes gradients as they are")
         if elsewhere and self.amp == "fp16":

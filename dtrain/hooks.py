@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 class State:
     """What a hook sees of a run, and may add metrics to."""
 
-    model: nn.Module
+    look: Callable[[], nn.Module]
+    """Gives the model when its parameters are there."""
     comm: Backend
     steps: int | None
     """Optimizer steps in all, where it is known; changes with the global batch."""
@@ -81,6 +82,11 @@ class State:
     """By worker: what its lateness cost the others."""
     events: Callable[[], tuple[list[Event], dict[str, int]]] = lambda: ([], {})
     """This worker's part of a trace of a few steps, and which of them is typical and which the slowest."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained, with the parameters after the last step."""
+        return self.look()
 
     @property
     def first(self) -> bool:

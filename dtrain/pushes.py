@@ -50,7 +50,9 @@ class Pushes:
         self._hosted: Hosted | None = None
         self._kept: dict[int, dict[str, Any]] = {}  # on worker 0: optimizer state, of frozen parameters too
         self._steps_before = 0  # of earlier layouts
-        self._versions: list[int] = []  # of the parameters, when they were last the servers'
+        self._versions: dict[int, int] = {}  # of each parameter, by its id, when it was last the servers'
+        self._late: dict[int, int] = {}  # by id: the bucket of each parameter that is on its way
+        self._settled = True  # whether the last step is over here
         self._sent = 0
         self._share = 1.0 / comm.world_size
         self._stepping = False  # between begin and publish
@@ -87,7 +89,7 @@ class Pushes:
         _owners[self._comm.traffic] = weakref.ref(self)
         if state is not None:
             self._hosted.restore(state)
-        self._mark()
+        self._mark(self._parameters)
         return list(self._where)
 
     def check(self) -> None:
@@ -97,8 +99,9 @@ class Pushes:
             UsageError: the step before is not over, or the servers keep other values than there are here.
         """
         self.refuse_pending()
-        for parameter, version in zip(self._parameters, self._versions, strict=True):
-            if parameter._version != version:
+        self.settle()
+        for parameter in self._parameters:
+            if parameter._version != self._versions[id(parameter)]:
                 name = next(n for n, p in self._named if p is parameter)
                 raise UsageError(
                     f"{name} was changed here, where servers keep it, and would be lost: change it before replicate(), "
@@ -146,13 +149,45 @@ class Pushes:
         self.running, self._stepping = False, True
 
     def publish(self) -> StepReport | None:
-        """Wait for the parameters after the step; what became of it. None where no backward was run."""
+        """Wait for the parameters after the step; what became of it. None where no backward was run.
+
+        None with an early forward too: `settle` tells.
+        """
         if not self._stepping:
             return None
-        report = self._host.pull()
-        self._stepping = False
+        if self._update.early_forward:
+            self._host.conclude()
+            self._late = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket.parameters}
+        self._stepping, self._settled = False, False
         self._clear()  # of a backward that was refused meanwhile
-        self._mark()
+        return None if self._update.early_forward else self.settle()
+
+    @property
+    def late(self) -> bool:
+        """Whether parameters are on their way that nobody has waited for."""
+        return bool(self._late)
+
+    def arrive(self, tensor: torch.Tensor) -> None:
+        """Return when this one, if it is a parameter that is on its way, is there, and those of its bucket."""
+        number = self._late.get(id(tensor))
+        if number is None:
+            return
+        self._host.arrive(number)
+        parameters = self._buckets[number].parameters
+        for parameter in parameters:
+            del self._late[id(parameter)]
+        self._mark(parameters)
+
+    def settle(self) -> StepReport | None:
+        """Return when all parameters are those after the last step; what became of it, to who asks first."""
+        if self._settled:
+            return None
+        report = self._host.pull()
+        self._mark(
+            [p for p in self._parameters if id(p) in self._late] if self._update.early_forward else self._parameters
+        )
+        self._late.clear()
+        self._settled = True
         if report.counted:
             self.staleness[report.staleness] += 1
         else:
@@ -183,7 +218,7 @@ class Pushes:
         """Get the newest parameters, the same on all workers, which all call it between steps."""
         self._refuse_amid_step("refresh()")
         self._host.refresh()
-        self._mark()
+        self._mark(self._parameters)
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         """The `state` of the optimizer's state dict, on worker 0; all workers call it, between steps."""
@@ -196,7 +231,7 @@ class Pushes:
         self._host.restore(state)
         self._host.refresh()
         self._kept = {number: dict(kept) for number, kept in state.items()}
-        self._mark()
+        self._mark(self._parameters)
 
     def state_bytes(self) -> int:
         """Bytes that are kept for the optimizer, all together; all workers call it."""
@@ -215,6 +250,8 @@ class Pushes:
         self._hosted = None
         self._kept, self._steps_before = {}, 0
         self.running = self._stepping = False
+        self._late.clear()
+        self._settled = True
 
     @property
     def _host(self) -> Hosted:
@@ -254,16 +291,16 @@ class Pushes:
     def _refuse_amid_step(self, what: str) -> None:
         if self._stepping:
             raise UsageError(f"{what} between a backward and its publish(): call publish() first")
+        self.settle()
 
     @property
     def _is_joint(self) -> bool:
         return self._update.synchronous and not self._update.backup_workers
 
-    def _mark(self) -> None:
-        """The parameters have become the servers'. Autograd is told that they have changed."""
-        parameters = self._parameters
+    def _mark(self, parameters: list[Parameter]) -> None:
+        """These have become the servers'. Autograd is told that they have changed."""
         torch.autograd.graph.increment_version(parameters)
-        self._versions = [parameter._version for parameter in parameters]
+        self._versions.update({id(parameter): parameter._version for parameter in parameters})
 
     def _clear(self) -> None:
         for parameter in self._parameters:

@@ -23,6 +23,7 @@ from dtrain.comm import collectives
 from dtrain.comm.base import Backend, PrimaryHost
 from dtrain.comm.hosts import StepReport
 from dtrain.comm.ordered import HALVES
+from dtrain.early import EarlyForward
 from dtrain.errors import LayoutError, UsageError
 from dtrain.exchange import Exchange
 from dtrain.pushes import HostedUpdate, Pushes
@@ -133,6 +134,7 @@ class Replica:
         self._primary = primary
         self._weights = StepWeights(comm, [p for _, p in self._named])
         self._hooks: list[Any] = [model.register_forward_pre_hook(_BeforeForward(self))]
+        self._early: EarlyForward | None = None
         self._hooked: set[int] = set()
         self._trainable: tuple[bool, ...] = ()
         self._sync = True
@@ -148,6 +150,8 @@ class Replica:
         _replicas.add(self)
         try:
             self._agree_all()
+            if self.pushes is not None and isinstance(update, HostedUpdate) and update.early_forward:
+                self._early = EarlyForward(model, self.pushes)
             if self._named:
                 self._refresh()
         except BaseException:
@@ -224,8 +228,14 @@ class Replica:
 
     def publish(self) -> StepReport | None:
         """With `update="first"`: everyone's parameters become worker 0's, after its step. With a `ServerUpdate` or a
-        `ShardedUpdate`: they become those after the step; what became of this worker's is returned. Else nothing."""
+        `ShardedUpdate`: they become those after the step; what became of this worker's is returned, or with
+        `early_forward` by `settle`. Else nothing."""
         return self._exchange.publish()
+
+    def settle(self) -> StepReport | None:
+        """With `early_forward`: return when all parameters are those after the last step, and what became of it, to
+        who asks first. Else they are since `publish`, and this returns None."""
+        return None if self.pushes is None else self.pushes.settle()
 
     def message_buffers(self) -> list[Tensor]:
         """The buckets in which gradients travel, as flat tensors: memory that stays from step to step."""
@@ -267,6 +277,7 @@ class Replica:
         foreign = [_plain(n) for n, p in self._model.named_parameters() if id(p) not in self._ids]
         if foreign:
             raise UsageError(f"{foreign[0]} came into the model after replicate(): tie the model again")
+        self.settle()
         named: list[tuple[str, Tensor]] = list(self._named)
         if buffers:
             named += [(_plain(name), b) for name, b in self._model.named_buffers()]
@@ -299,6 +310,8 @@ class Replica:
             handle.remove()
         self._hooks.clear()
         self._hooked.clear()
+        if self._early is not None:
+            self._early.close()
         self._closed = True
         _replicas.discard(self)
 

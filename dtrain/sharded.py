@@ -40,6 +40,8 @@ class ShardedUpdate:
     its settings at each step, so that schedules work, and keeps no state itself."""
     clip_grad_norm: float | None = None
     """Largest norm of the mean gradient."""
+    early_forward: bool = False
+    """See `dtrain.ServerUpdate`."""
 
     staleness = 0
     backup_workers = 0
@@ -93,6 +95,7 @@ class Sharded:
             for values, mine in zip(self._values, self._mine, strict=True)
         ]
         self._works: list[Work] = []
+        self._gathers: dict[int, Work] | None = None  # by bucket, of a step that was concluded
         self._present: list[bool] = []
         self._flags: tuple[Tensor, Work] = (torch.zeros(0), Done())
         update.optimizer._opt_called = True  # type: ignore[attr-defined]  # its steps are made elsewhere
@@ -124,7 +127,7 @@ class Sharded:
         flags = torch.tensor(self._present, dtype=torch.int32)
         self._flags = flags, self._comm.all_reduce(flags, "metric/present")
 
-    def pull(self) -> StepReport:
+    def conclude(self) -> None:
         flags, work = self._flags
         work.wait()
         used = flags.split([len(pieces) for pieces in self._pieces])
@@ -137,14 +140,25 @@ class Sharded:
         if self._spec.layerwise:
             self._arrive()
             self._step_by_layers(gradients, turns, settings)
-        gathers = []
-        for number, (optimizer, gradient, turn) in enumerate(zip(self._optimizers, gradients, turns, strict=True)):
+        order = range(len(self._buckets))
+        self._gathers = {}
+        for number in reversed(order) if self._update.early_forward else order:
             self._works[number].wait()
+            optimizer = self._optimizers[number]
             if optimizer is not None and not self._spec.layerwise:
-                optimizer.step(gradient, turn, settings)
-            gathers.append(all_gather(self._comm, self._values[number], f"gradient/values{number}"))
-        for gathered in gathers:
-            gathered.wait()
+                optimizer.step(gradients[number], turns[number], settings)
+            self._gathers[number] = all_gather(self._comm, self._values[number], f"gradient/values{number}")
+
+    def arrive(self, bucket: int) -> None:
+        if self._gathers and bucket in self._gathers:
+            self._gathers.pop(bucket).wait()
+
+    def pull(self) -> StepReport:
+        if self._gathers is None:
+            self.conclude()
+        for bucket in range(len(self._buckets)):
+            self.arrive(bucket)
+        self._gathers = None
         self.steps += 1
         return StepReport(self.steps, 0, self._comm.world_size)
 

@@ -103,6 +103,9 @@ class RunSpec(Learning, Task):
     """With staleness: divide the learning rate by the staleness of each gradient."""
     delay_compensation: float = 0.0
     """With staleness: lambda of DC-ASGD, which corrects a gradient for what others changed meanwhile."""
+    early_forward: bool = False
+    """With --update server or sharded: the next forward begins before all parameters are there; each layer waits for
+    its own. The numbers are the same."""
     nonfinite: Literal["allow", "skip", "abort"] = "allow"
     """What to do when a worker's gradient is NaN or infinite: nothing, leave the step out, or end the run."""
     on_worker_loss: Literal["fail", "wait", "drop"] = "fail"
@@ -182,6 +185,7 @@ class RunSpec(Learning, Task):
             backup_workers=self.backup_workers,
             damping=self.damping,
             delay_compensation=self.delay_compensation,
+            early_forward=self.early_forward,
             nonfinite=self.nonfinite,
             rewind_to=Path(self.run_dir) / "checkpoints" if self.on_worker_loss == "wait" and self.run_dir else None,
             seed=self.seed,

@@ -122,7 +122,7 @@ class Trainer:
         self._ahead = 0  # steps made before this worker's count of the servers' begins
         self._lost = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss times samples, samples
         self.state = State(
-            model=self.model,
+            look=self._look,
             comm=self.comm,
             steps=config.steps,
             snapshot=self._snapshot,
@@ -386,7 +386,11 @@ class Trainer:
     def _hosted_update(self) -> HostedUpdate | None:
         config = self.config
         if config.update == "sharded":
-            return ShardedUpdate(optimizer=self.optimizer, clip_grad_norm=config.clip_grad_norm)
+            return ShardedUpdate(
+                optimizer=self.optimizer,
+                clip_grad_norm=config.clip_grad_norm,
+                early_forward=config.early_forward,
+            )
         if config.update != "server":
             return None
         return ServerUpdate(
@@ -396,12 +400,21 @@ class Trainer:
             backup_workers=config.backup_workers,
             damping=config.damping,
             delay_compensation=config.delay_compensation,
+            early_forward=config.early_forward,
         )
 
     def _settle(self) -> None:
-        """Where workers do not wait for each other: let them have the same parameters, before anybody looks at them."""
+        """Let all have the same parameters, before anybody looks: where workers do not wait for each other, and where
+        some are on their way."""
         if self.replica.pushes is not None and not self.config.joint:
             self.replica.pushes.refresh()
+        else:
+            self.replica.settle()
+
+    def _look(self) -> nn.Module:
+        """The model for a hook, which may read its parameters."""
+        self.replica.settle()
+        return self.model
 
     def _share_scale(self) -> None:
         """Where worker 0 updates for all, it alone knows the scale of the next loss."""

@@ -41,7 +41,18 @@ def test_sync_measures_every_transport_beside_gloo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["step.py", "sync.py", "norm.py", "norm_batch.py", "memory.py", "hosts.py", "links.py", "noise.py"]
+    "script",
+    [
+        "step.py",
+        "sync.py",
+        "norm.py",
+        "norm_batch.py",
+        "memory.py",
+        "hosts.py",
+        "links.py",
+        "links_step.py",
+        "noise.py",
+    ],
 )
 def test_help(script: str) -> None:
     done = run(SCRIPTS / script, "--help")
@@ -107,6 +118,23 @@ def test_links_compares_every_wiring_with_its_bound(tmp_path: Path) -> None:
         assert row["rounds"] == 3
         assert row["of_bound"] == pytest.approx(row["bound_ms"] / row["median_ms"])
         assert 0 < row["of_bound"] < 1.3  # what passes at once after a pause is 30 ms worth of the link
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_a_step_over_links_comes_to_the_same_weights_by_all_ways(tmp_path: Path) -> None:
+    """The script compares them; a step takes as long as its computing, or its sending, at least."""
+    files = ("--json", tmp_path / "record", "--picture", tmp_path / "picture.png")
+    done = run(SCRIPTS / "links_step.py", "--quick", *files)
+    if "cannot emulate hosts" in done.stderr or "emulated hosts need" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "record").read_text(encoding="utf-8"))["rows"]
+    ways = ["DDP", "allreduce", "sharded", "sharded early", "ps 2 apart", "server 2 apart", "server 2 apart early"]
+    assert [row["contender"] for row in rows] == ways
+    for row in rows:
+        assert row["median_ms"] >= row["compute_ms"] == pytest.approx(160.0, rel=1e-3)  # 1 MB at 50 Mbit/s
+        assert row["of_bound"] == pytest.approx(row["bound_ms"] / row["median_ms"])
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -22,7 +22,7 @@ FLAGS = {
     "train": [
         *("--backend", "--workers", "-n", "--steps", "--seed", "--resume", "--run-dir", "--json", "--timeout-s"),
         *("--servers", "--lanes", "--update", "--staleness", "--backup-workers", "--damping", "--delay-compensation"),
-        *("--nonfinite", "--on-worker-loss", "--max-restarts"),
+        *("--nonfinite", "--on-worker-loss", "--max-restarts", "--early-forward"),
     ],
     "compare": ["--backends", "--workers", "--global-batch", "--dtype", "--json", "--norm-batch"],
     "plan": [

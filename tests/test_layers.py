@@ -27,7 +27,7 @@ FLOORS = [
     {"hooks"},
     {"evaluate", "snapshot"},
     {"replica", "jobs", "launcher"},
-    {"exchange", "pushes", "weights"},  # what a replica is made of
+    {"early", "exchange", "pushes", "weights"},  # what a replica is made of
     {"sharded"},
     {"connect"},
     {"serving"},

@@ -42,7 +42,12 @@ class Terminal(io.StringIO):
 
 def state(**fields) -> State:
     return State(
-        model=torch.nn.Linear(1, 1), comm=Solo(), snapshot=dict, observe=print, resize=print, **{"steps": 100, **fields}
+        look=lambda: torch.nn.Linear(1, 1),
+        comm=Solo(),
+        snapshot=dict,
+        observe=print,
+        resize=print,
+        **{"steps": 100, **fields},
     )
 
 

@@ -66,6 +66,7 @@ ROWS = {
     ],
     "sync": [summed("ps shm"), summed("gloo"), summed("gloo", workers=4, bytes=10485760)],
     "links": [summed("gloo", rate="200mbit", bound_ms=4.0, of_bound=0.89)],
+    "links_step": [summed("DDP", rate="200mbit", bound_ms=4.0, of_bound=0.89, compute_ms=12.0)],
     "memory": [{"case": "digits", "ratio": 1.7, "ratio_handed_back": 1.1}],
     "hosts": [{"case": "ring", "rate": "50mbit", "of_rate": 0.97}],
 }

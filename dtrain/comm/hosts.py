@@ -44,6 +44,10 @@ class ServerUpdate:
     """With staleness: divide the learning rate by the staleness of the gradient (Zhang et al. 2016)."""
     delay_compensation: float = 0.0
     """With staleness: lambda of DC-ASGD, which corrects a gradient for what others changed (Zheng et al. 2017)."""
+    early_forward: bool = False
+    """Where each step is made of all workers' gradients: let the next forward begin before all parameters are there.
+    Each layer waits for its own, and those that forward needs first travel first; the numbers are the same. When the
+    model has returned, all are there; who wants to read parameters before it is called waits by `Replica.settle`."""
 
     def __post_init__(self) -> None:
         if self.staleness is not None and self.staleness < 0:
@@ -52,6 +56,11 @@ class ServerUpdate:
             raise UsageError(
                 f"backup_workers is {self.backup_workers} with staleness {self.staleness}: backup workers are 0 or "
                 "more, and go with staleness=0"
+            )
+        if self.early_forward and (self.staleness != 0 or self.backup_workers):
+            raise UsageError(
+                "early_forward with staleness or backup_workers, where parameters do not come one by one: leave one of "
+                "them away"
             )
         if not (self.delay_compensation >= 0 and math.isfinite(self.delay_compensation)):
             raise UsageError(f"delay_compensation is {self.delay_compensation}: give 0 or more")
@@ -93,7 +102,11 @@ class StepReport:
 
 
 class Hosted(Protocol):
-    """Parameters that servers keep. `begin`, `push` each bucket, `finish`, `pull`: one step of one worker."""
+    """Parameters that servers keep. `begin`, `push` each bucket, `finish`, `pull`: one step of one worker.
+
+    Where all workers make each step together, the values may be waited for one by one: `conclude`, then `arrive` of any
+    buckets, then `pull`.
+    """
 
     steps: int
     """Steps that this worker has taken part in, or that the servers have made, where they are the same."""
@@ -111,8 +124,14 @@ class Hosted(Protocol):
     def finish(self) -> None:
         """All buckets have been pushed."""
 
+    def conclude(self) -> None:
+        """Return when the step needs nothing more of this worker. `pull` does it too, where it was not called."""
+
+    def arrive(self, bucket: int) -> None:
+        """Return when a bucket's parameters are those after the step."""
+
     def pull(self) -> StepReport:
-        """Return when the parameters are those after the step."""
+        """Return when all parameters are those after the step."""
 
     def refresh(self) -> None:
         """Get the newest values. All workers call it, none of them in a step; all have the same afterwards."""

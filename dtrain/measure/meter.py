@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch.nn import Parameter
 from dtrain.comm.base import Announces, Backend, PrimaryHost, Scatters, Traffic, Work
 from dtrain.comm.hosts import Hosted, HostedBucket, ParameterHost, ServerUpdate, StepReport
 from dtrain.measure.marks import HostMarks, Mark, Marks
+
+Result = TypeVar("Result")
 
 _MOST_KEPT = 10_000
 """Transfers that are kept when nobody takes them."""
@@ -78,9 +80,11 @@ class Meter:
         self.inner.close()
 
     def take(self) -> list[Transfer]:
-        """What was recorded since the last call, in the order of the calls."""
-        taken = list(self._transfers)
+        """What was recorded since the last call and is over, in the order of the calls; the rest, the next time."""
+        taken = [transfer for transfer in self._transfers if transfer.done is not None]
+        under_way = [transfer for transfer in self._transfers if transfer.done is None]
         self._transfers.clear()
+        self._transfers += under_way
         return taken
 
     def begin(self, key: str, nbytes: int) -> Transfer:
@@ -167,7 +171,8 @@ class _TimedHosted:
     """Parameters that servers keep, and when each bucket was pushed and the parameters were there.
 
     Nobody waits for a push: the one wait of a step, in `pull`, is recorded as a transfer of its own, `gradient/pull`,
-    which the worker is ready for when it has pushed everything.
+    which the worker is ready for when it has pushed everything. Where it waits for buckets one by one, it is ready for
+    that when the step is concluded, and each `arrive` is one more.
     """
 
     def __init__(self, meter: Meter, inner: Hosted, nbytes: Sequence[int]) -> None:
@@ -176,6 +181,7 @@ class _TimedHosted:
         self._nbytes = nbytes
         self._pushed: list[Transfer] = []
         self._finished: Mark = None
+        self._pull: Transfer | None = None  # that of a step that was concluded
         self.begin = inner.begin
         self.refresh = inner.refresh
         self.optimizer_state = inner.optimizer_state
@@ -203,18 +209,33 @@ class _TimedHosted:
             self._inner.finish()
         self._finished = self._meter.marks.now()
 
+    def conclude(self) -> None:
+        since = self._meter.begin("gradient/step", 0)
+        self._wait(since, self._inner.conclude)
+        self._pull = self._meter.begin("gradient/pull", 0)
+        self._pull.started = self._pull.called
+
+    def arrive(self, bucket: int) -> None:
+        self._wait(self._meter.begin(f"gradient/values{bucket}", 0), lambda: self._inner.arrive(bucket))
+
     def pull(self) -> StepReport:
-        transfer = self._meter.begin("gradient/pull", 0)
-        wait = transfer.called
-        transfer.called = transfer.started = wait if self._finished is None else self._finished
-        transfer.wait = wait
+        transfer, self._pull = self._pull, None
+        if transfer is None:
+            transfer = self._meter.begin("gradient/pull", 0)
+            transfer.called = transfer.started = transfer.called if self._finished is None else self._finished
+        return self._wait(transfer, self._inner.pull)
+
+    def _wait(self, transfer: Transfer, wait: Callable[[], Result]) -> Result:
+        """Record that the worker waits for something, as part of a transfer that is over then, as all pushes are."""
+        transfer.wait = self._meter.marks.now()
+        transfer.started = transfer.started or transfer.wait
         with self._meter.blocked():
-            report = self._inner.pull()
+            result = wait()
         done = self._meter.marks.now()
         for one in (*self._pushed, transfer):
             one.done = done
         self._pushed.clear()
-        return report
+        return result
 
 
 class _Timed:

@@ -144,13 +144,15 @@ class _Step:
 
     def read(self, marks: Marks) -> StepTimes:
         spans = tuple((name, marks.seconds(since), marks.seconds(to)) for name, since, to in self.spans)
-        sent = tuple(_read(transfer, marks) for transfer in self.transfers)
-        return StepTimes(self.number, marks.seconds(self.begin), marks.seconds(self.end), spans, sent, self.traffic)
+        begin_s = marks.seconds(self.begin)
+        sent = tuple(_read(transfer, marks, begin_s) for transfer in self.transfers)
+        return StepTimes(self.number, begin_s, marks.seconds(self.end), spans, sent, self.traffic)
 
 
-def _read(transfer: Transfer, marks: Marks) -> Sent:
-    called_s = marks.seconds(transfer.called)
-    started_s = called_s if transfer.started is None else marks.seconds(transfer.started)
+def _read(transfer: Transfer, marks: Marks, begin_s: float) -> Sent:
+    """What a step had of a transfer, which may have begun in the step before."""
+    called_s = max(begin_s, marks.seconds(transfer.called))
+    started_s = called_s if transfer.started is None else max(called_s, marks.seconds(transfer.started))
     done_s = started_s if transfer.done is None else marks.seconds(transfer.done)
     wait_s = done_s if transfer.wait is None else marks.seconds(transfer.wait)
     arrived_s = done_s if math.isnan(transfer.arrived_s) else min(transfer.arrived_s, done_s)

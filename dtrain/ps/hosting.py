@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,9 @@ class Hosting:
             if layout.ranges or (agreed and link.server == 0)  # which counts who is ready
         ]
         self._owed = 0  # requests without an answer, of those whose answer says nothing more
+        self._coming: Counter[int] = Counter()  # of these, by bucket: parts of the values
+        self._here: set[int] = set()  # buckets whose values are those after the step under way
+        self._closed: list[Closed] | None = None  # what servers said of the step under way, where it was asked for
         self._answers: dict[int, tuple[Answer, bytes]] = {}  # by server, of those whose answer does
         self._settings: list[dict[str, Any]] = []  # of the step under way
         self._open()
@@ -167,14 +171,32 @@ class Hosting:
                 self._ask(link, wire.Push, step, bucket, number, flags, payload=part)
 
         box = self._comm.outboxes[link.server]
-        box.put(flat.nbytes, window_bytes(flat.nbytes) if link.far and self._rules.early else 0, send)
+        window = window_bytes(flat.nbytes) if link.far and self._rules.early else 0
+        # The last bucket has the first layers.
+        box.put(flat.nbytes, window, send, haste=bucket - len(self._buckets) if self._update.early_forward else 0)
         box.feed()
 
     def finish(self) -> None:
         self._comm.flush()
 
+    def conclude(self) -> None:
+        if not self._rules.early:
+            self._closed = self._close(f"step {self.steps}")
+
+    def arrive(self, bucket: int) -> None:
+        self._comm.progress(lambda: not self._coming[bucket], f"bucket {bucket} of step {self.steps}")
+        self._bring_values(bucket)
+
     def pull(self) -> StepReport:
         what = f"step {self.steps}"
+        closed, self._closed = self._closed or self._close(what), None
+        self.steps = min(c.version for c in closed) if self._rules.agreed else self.steps + 1
+        self._await(what)
+        self._bring_all_values()
+        return StepReport(max(c.version for c in closed), max(c.behind for c in closed), min(c.counted for c in closed))
+
+    def _close(self, what: str) -> list[Closed]:
+        """What all servers say of the step, when it is made; the values are under way then."""
         answers = self._gather(what)
         if self._rules.agreed:
             answers = self._agree(what)
@@ -185,15 +207,10 @@ class Hosting:
         closed = [answer for answer, _ in answers if isinstance(answer, Closed)]
         if len(closed) < len(self._used):
             raise ProtocolError(f"{what}: a server that has not said that it made the step")
-        if self._rules.agreed:
-            self.steps = min(c.version for c in closed)
+        if self._rules.agreed:  # else they were asked for with the gradients
             for bucket in range(len(self._buckets)):
-                self._pull(bucket, self.steps)
-        else:
-            self.steps += 1
-        self._await(what)
-        self._bring_values()
-        return StepReport(max(c.version for c in closed), max(c.behind for c in closed), min(c.counted for c in closed))
+                self._pull(bucket, min(c.version for c in closed))
+        return closed
 
     def _agree(self, what: str) -> list[tuple[Answer, bytes]]:
         """Have the step made of the workers that are ready first, the same on all servers."""
@@ -279,7 +296,7 @@ class Hosting:
             link = self._comm.links[range_.server]
             if where is not None and link.shares:
                 offset = where.offset + range_.start * values.element_size()
-                self._ask(link, wire.PullShared, step, bucket, where.segment, offset)
+                self._ask(link, wire.PullShared, step, bucket, where.segment, offset, bucket=bucket)
                 continue
             for number, part in enumerate(wire.parts_of(values[range_.start : range_.stop])):
                 self._ask(
@@ -289,16 +306,24 @@ class Hosting:
                     bucket,
                     number,
                     take=functools.partial(copy_into, part, what=f"bucket {bucket}"),
+                    bucket=bucket,
                 )
 
-    def _bring_values(self) -> None:
-        for common in self._commons:
-            if common is not None:
-                common.show_theirs()
-        for number, values in enumerate(self._values):
-            host = self._comm.host_twin(values, f"gradient/pull{number}")
-            if host is not values:
-                values.copy_(host, non_blocking=True)
+    def _bring_all_values(self) -> None:
+        for bucket in range(len(self._buckets)):
+            if bucket not in self._here:
+                self._bring_values(bucket)
+        self._here.clear()
+
+    def _bring_values(self, bucket: int) -> None:
+        """What has come of a bucket is to be seen in its parameters."""
+        common, values = self._commons[bucket], self._values[bucket]
+        if common is not None:
+            common.show_theirs()
+        host = self._comm.host_twin(values, f"gradient/pull{bucket}")
+        if host is not values:
+            values.copy_(host, non_blocking=True)
+        self._here.add(bucket)
 
     # -- between steps ------------------------------------------------------------------------------------------------
 
@@ -307,7 +332,7 @@ class Hosting:
         for bucket in range(len(self._buckets)):
             self._pull(bucket, self.steps)
         self._await("the newest parameters")
-        self._bring_values()
+        self._bring_all_values()
         collectives.barrier(self._comm)
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
@@ -392,16 +417,21 @@ class Hosting:
         *fields: object,
         take: Take | None = None,
         payload: Tensor | None = None,
+        bucket: int | None = None,
     ) -> None:
-        """A request that is waited for by `_await`."""
+        """A request that is waited for by `_await`; where it is for a bucket's values, by `arrive` too."""
 
         def taken(answer: Answer, data: memoryview | None) -> None:
             if take is not None:
                 take(answer, data)
             self._owed -= 1
+            if bucket is not None:
+                self._coming[bucket] -= 1
 
         with self._comm.lock:
             self._owed += 1
+            if bucket is not None:
+                self._coming[bucket] += 1
             link.ask(kind, *fields, take=taken, payload=payload)
 
     def _query(self, link: Link, kind: type[wire.Request], *fields: object, payload: Tensor | None = None) -> None:

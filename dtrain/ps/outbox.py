@@ -8,8 +8,9 @@ answered: nobody gets ahead of the slowest by more than a window, and queues in 
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -48,29 +49,31 @@ def window_bytes(nbytes: int) -> int:
 
 
 class Outbox:
-    """Sends to one server in the order of `put`, as far as its window and its credit allow."""
+    """Sends to one server by haste, and of equal haste in the order of `put`, as its window and its credit allow."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._waiting: deque[tuple[int, int, Callable[[], None]]] = deque()
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[int, int, int, int, Callable[[], None]]] = []  # a heap
 
-    def put(self, nbytes: int, window_bytes: int, send: Callable[[], None]) -> None:
+    def put(self, nbytes: int, window_bytes: int, send: Callable[[], None], *, haste: int = 0) -> None:
         """Call `send`, which sends that many bytes, when the server has answered enough of what it was sent.
 
         Args:
             window_bytes: that may be unanswered then, with these; one message always may. 0: any number.
+            haste: what has more of it overtakes.
         """
-        self._waiting.append((nbytes, window_bytes, send))
+        heapq.heappush(self._waiting, (-haste, next(self._numbers), nbytes, window_bytes, send))
 
     def feed(self) -> bool:
         """Send what may be sent now; whether there was anything."""
         found = False
         while self._waiting and self._link.has_credit:
-            nbytes, window_bytes, send = self._waiting[0]
+            _, _, nbytes, window_bytes, send = self._waiting[0]
             under_way = self._link.unanswered_bytes
             if window_bytes and under_way and under_way + nbytes > window_bytes:
                 break
-            self._waiting.popleft()
+            heapq.heappop(self._waiting)
             send()
             found = True
         return found

@@ -57,6 +57,19 @@ def test_so_much_is_under_way_and_no_more():
     assert link.sent == [40]
 
 
+def test_what_is_in_haste_overtakes():
+    """Of what waits; and of equal haste, what came first goes first."""
+    link = FakeLink()
+    box = Outbox(link)  # type: ignore[arg-type]
+    for nbytes, haste in ((40, -3), (41, -2), (42, -2), (43, -1), (44, 0), (45, 0)):
+        box.put(nbytes, 1, lambda nbytes=nbytes: link.send(nbytes), haste=haste)  # type: ignore[misc]
+    order = []
+    while box.feed():
+        order += link.sent
+        link.answer()
+    assert order == [44, 45, 43, 41, 42, 40]
+
+
 @pytest.mark.parametrize(
     ("address", "far"),
     [("tcp://127.0.0.1:1", False), ("tcp://[::1]:1", False), ("ipc:///x", False), ("tcp://10.1.2.3:1", True)],
