@@ -210,14 +210,16 @@ class GradientNoise:
         self._step, self._in_step = None, False
 
     def _agree(self) -> None:
-        """Sum over workers what was not yet; workers have measured the same steps."""
-        if not self._pending:
-            return
-        rows = [step.row(self._groups, len(self._names)) for step in self._pending]
-        table = torch.tensor(rows, dtype=torch.float64)
+        """Sum over workers what was not yet; workers have measured the same steps.
+
+        Each by itself: in what order a ring adds depends on the size of the message, and a run that stopped in between,
+        to be resumed, asks after other steps.
+        """
+        rows = [torch.tensor(step.row(self._groups, len(self._names)), dtype=torch.float64) for step in self._pending]
         self._pending.clear()
-        self._comm.all_reduce(table.view(-1), "metric/noise").wait()
-        for row in table.tolist():
+        for work in [self._comm.all_reduce(row, "metric/noise") for row in rows]:
+            work.wait()
+        for row in [row.tolist() for row in rows]:
             if row[_SPOILT] or not row[_SAMPLES] or not all(map(math.isfinite, row)):
                 self._skipped += 1
             else:

@@ -161,7 +161,7 @@ def test_servers_step_as_one_loop_does(name: str, trained: Trained) -> None:
             assert largest_difference(worker, one) <= LIMITS[dtype]
 
 
-LIMITS = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 0.01}
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 0.02}
 
 
 @pytest.mark.parametrize("name", ALL)
