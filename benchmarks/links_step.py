@@ -17,7 +17,8 @@ then have a gradient. So the links and what is sent when decide how long a step 
     early               with early_forward: the next forward begins before all parameters are there
 
 Contenders take turns in the same processes, round by round; a round is some steps, after a barrier, until the last
-parameter is there, and takes as long as its slowest worker. Buckets have an eighth of the model, for all. The bound is
+parameter is there, and takes as long as its slowest worker. Buckets have a 16th of the model, for all
+(`--buckets`). The bound is
 the longer of computing and sending, both at once: for n workers and a model of M bytes over links of B bytes a second,
 2(n-1)/n M/B for a ring, M/B for n servers apart. At the end all must have come to the same weights.
 """
@@ -49,9 +50,11 @@ from dtrain.comm import collectives
 from dtrain.ps.client import ParameterServer
 from dtrain.tables import table
 
-LAYERS = 16
+LAYERS = 32
+RINGS = ["allreduce", "sharded", "sharded early"]
+SERVERS = ["ps", "server", "server early"]
 WARMUP = 1
-LEARNING_RATE = 0.01
+LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ class Task:
     rounds: int
     steps: int
     """In a round."""
+    buckets: int
+    """That gradients travel in."""
+    contenders: list[str]
     addresses: dict[str, list[str]]
     """Of the servers of each contender that has some."""
 
@@ -152,7 +158,7 @@ def _dtrain(task: Task, comm: dtrain.Backend, model: nn.Module, kind: str) -> Ro
 
 
 def _bucket_mb(task: Task) -> float:
-    return task.numel * 4 / 8 / 2**20
+    return task.numel * 4 / task.buckets / 2**20
 
 
 # -- a worker ---------------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def work(task: Task) -> None:
         comm = ring_of_its_own()
         models = {"DDP": model_of(task)}
         rounds = {"DDP": _ddp(task, comm, models["DDP"])}
-        backends = {"allreduce": comm, "sharded": ring_of_its_own(), "sharded early": ring_of_its_own()}
+        backends = {name: ring_of_its_own() for name in RINGS if name in task.contenders}
         for name, addresses in task.addresses.items():
             server = ParameterServer(addresses, comm.rank, task.workers, timeout_s=TIMEOUT_S, lanes="off")
             stack.callback(server.close)
@@ -205,12 +211,12 @@ def _measure(task: Task, comm: dtrain.Backend, rounds: dict[str, Round]) -> dict
 # -- a job ------------------------------------------------------------------------------------------------------------
 
 
-def measure(workers: int, rate: str, numel: int, compute: float, rounds: int, steps: int) -> Iterator[common.Row]:
+def measure(workers: int, rate: str, numel: int, compute: float, arguments: argparse.Namespace) -> Iterator[common.Row]:
     """Rows for one number of workers, one rate and one time of computing."""
     with hosts(2 * workers, rate=rate) as h, tempfile.TemporaryDirectory() as folder:
         alone_s = numel * 4 / h.rate_bytes_per_s
         with h.watch() as use:
-            found = _job(h, Path(folder), workers, numel, compute * alone_s, rounds, steps)
+            found = _job(h, Path(folder), workers, numel, compute * alone_s, arguments)
         slowest = {name: [max(t) for t in zip(*(worker[name] for worker in found), strict=True)] for name in found[0]}
         for name, times in slowest.items():
             sending = 1.0 if " apart" in name else ring(workers)
@@ -229,22 +235,27 @@ def measure(workers: int, rate: str, numel: int, compute: float, rounds: int, st
                 "of_bound": bound_s / median_s,
                 "ratio": statistics.median(d / t for d, t in zip(slowest["DDP"], times, strict=True)),
                 "rounds": len(times),
-                "steps": steps,
+                "steps": arguments.steps,
+                "buckets": arguments.buckets,
                 **use.figures(),
             }
 
 
 def _job(
-    h: Hosts, folder: Path, workers: int, numel: int, compute_s: float, rounds: int, steps: int
+    h: Hosts, folder: Path, workers: int, numel: int, compute_s: float, arguments: argparse.Namespace
 ) -> list[dict[str, list[float]]]:
     places = server_hosts(len(h), workers=workers, servers=workers, placement="apart")
     addresses: dict[str, list[str]] = {}
     processes: list[Process] = []
     inside = environment({"role": "server", "timeout_s": TIMEOUT_S}, threads=1)
-    for name in (f"ps {workers} apart", f"server {workers} apart", f"server {workers} apart early"):
+    for kind in SERVERS:
+        if kind not in arguments.only:
+            continue
+        name = " ".join([kind.split()[0], f"{workers} apart", *kind.split()[1:]])
         addresses[name] = binds = [f"tcp://{h.address(host)}:{h.port()}" for host in places]
         processes += start_servers(h, places, binds, workers, inside, of=f" of {name}")
-    task = Task(str(folder), workers, numel, compute_s, rounds, steps, addresses)
+    told = (arguments.rounds, arguments.steps, arguments.buckets, arguments.only)
+    task = Task(str(folder), workers, numel, compute_s, *told, addresses)
     file = folder / "task.json"
     file.write_text(json.dumps(asdict(task)), encoding="utf-8")
     store = f"tcp://{h.address(0)}:{h.port()}"
@@ -252,7 +263,7 @@ def _job(
         place = {"backend": "allreduce", "rank": rank, "world_size": workers, "store": store, "job_id": "links"}
         inside = environment({**place, "timeout_s": TIMEOUT_S}, threads=1)
         processes.append(h.start(rank, [sys.executable, __file__, "--work", str(file)], inside, name=f"worker {rank}"))
-    finish(processes, timeout_s=3600.0)
+    finish(processes, timeout_s=1800.0)
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(workers)]
 
 
@@ -279,6 +290,8 @@ def main() -> None:
     flags.add_argument("--rate", nargs="+", help="payload of TCP each way: 25mbit, 1gbit")
     flags.add_argument("--mb", type=float, help="size of the model in 10^6 bytes (default: 4)")
     flags.add_argument("--compute", type=float, nargs="+", help="times of computing (default: 1)")
+    flags.add_argument("--buckets", type=int, default=16, help="that gradients travel in (default: 16)")
+    flags.add_argument("--only", nargs="+", choices=[*RINGS, *SERVERS], default=[*RINGS, *SERVERS], metavar="WAY")
     flags.add_argument("--rounds", type=int)
     flags.add_argument("--steps", type=int, help="in a round (default: 4)")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
@@ -299,11 +312,12 @@ def main() -> None:
 def _rows(arguments: argparse.Namespace) -> Iterator[common.Row]:
     quick = arguments.quick
     numel = int((arguments.mb or (1.0 if quick else 4.0)) * 1e6 / 4) // LAYERS * LAYERS
-    rounds, steps = arguments.rounds or (2 if quick else 5), arguments.steps or (2 if quick else 4)
+    arguments.rounds = arguments.rounds or (2 if quick else 5)
+    arguments.steps = arguments.steps or (2 if quick else 4)
     for rate in arguments.rate or ["50mbit" if quick else "25mbit"]:
         for workers in arguments.workers or ([2] if quick else [8]):
             for compute in arguments.compute or [1.0]:
-                rows = list(measure(workers, rate, numel, compute, rounds, steps))
+                rows = list(measure(workers, rate, numel, compute, arguments))
                 busy, stolen = rows[0]["busy"], rows[0]["stolen"]
                 case = f"{workers} workers at {rate}, computing for {compute:g}"
                 print(f"{case}: processors {busy:.0%} busy, {stolen:.0%} stolen", flush=True)

@@ -20,7 +20,7 @@ import zmq
 from torch import Tensor
 from torch.nn import Parameter
 
-from dtrain.comm import collectives
+from dtrain.comm import collectives, parts
 from dtrain.comm.base import Span, Traffic, Work, check_flat
 from dtrain.comm.hosts import HostedBucket, ServerUpdate
 from dtrain.errors import CommError, ConnectError, Preempted, ProtocolError, Rewound, UsageError
@@ -435,7 +435,8 @@ class ParameterServer:
             most = self._part_bytes if link.far else wire.PART_BYTES
             pieces = wire.parts_of(part, most)
             transfer.missing += len(pieces) - 1
-            box, window = self.outboxes[range_.server], window_bytes(most) if link.far else 0
+            paced = link.far and part.nbytes > parts.LEAST_BYTES  # statistics need not wait behind gradients
+            box, window = self.outboxes[range_.server], window_bytes(most) if paced else 0
             for number, piece in enumerate(pieces):
                 send = functools.partial(link.ask, wire.Add, key, call, number, dtype)
                 box.put(piece.nbytes, window, functools.partial(send, take=_Into(piece, transfer), payload=piece))

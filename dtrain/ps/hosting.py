@@ -172,12 +172,16 @@ class Hosting:
 
         box = self._comm.outboxes[link.server]
         window = window_bytes(flat.nbytes) if link.far and self._rules.early else 0
-        # The last bucket has the first layers.
-        box.put(flat.nbytes, window, send, haste=bucket - len(self._buckets) if self._update.early_forward else 0)
+        box.put(flat.nbytes, window, send, haste=bucket - len(self._buckets))  # the last bucket has the first layers
         box.feed()
 
     def finish(self) -> None:
         self._comm.flush()
+        if self._update.early_forward:
+            with self._comm.lock:
+                for link in self._used:
+                    self._comm.outboxes[link.server].hurry()
+                self._comm.take_what_came()
 
     def conclude(self) -> None:
         if not self._rules.early:

@@ -8,10 +8,10 @@ answered: nobody gets ahead of the slowest by more than a window, and queues in 
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -48,32 +48,54 @@ def window_bytes(nbytes: int) -> int:
     return parts.UNDER_WAY * max(parts.LEAST_BYTES, nbytes)
 
 
+@dataclass
+class _Parcel:
+    nbytes: int
+    window_bytes: int
+    send: Callable[[], None]
+    haste: int
+
+
 class Outbox:
-    """Sends to one server by haste, and of equal haste in the order of `put`, as its window and its credit allow."""
+    """Sends to one server in the order of `put`, as far as its window and its credit allow."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._numbers = itertools.count()
-        self._waiting: list[tuple[int, int, int, int, Callable[[], None]]] = []  # a heap
+        self._waiting: deque[_Parcel] = deque()
 
     def put(self, nbytes: int, window_bytes: int, send: Callable[[], None], *, haste: int = 0) -> None:
         """Call `send`, which sends that many bytes, when the server has answered enough of what it was sent.
 
         Args:
-            window_bytes: that may be unanswered then, with these; one message always may. 0: any number.
-            haste: what has more of it overtakes.
+            window_bytes: that may be unanswered then, with these; one message always may. 0: any number, and these need
+                not wait for what has one.
+            haste: see `hurry`.
         """
-        heapq.heappush(self._waiting, (-haste, next(self._numbers), nbytes, window_bytes, send))
+        if not window_bytes and self._link.has_credit:
+            send()
+        else:
+            self._waiting.append(_Parcel(nbytes, window_bytes, send, haste))
+
+    def hurry(self) -> None:
+        """From now on what waits goes by its haste, the most first, whatever is under way.
+
+        A server answers when it has something from all workers, so they must not wait for answers to different things:
+        all have sent the first of what there was to be sent, some more of it than others, and now all go on from the
+        other end, each with a whole window, in which nothing counts of what it had sent before.
+        """
+        under_way = self._link.unanswered_bytes
+        self._waiting = deque(sorted(self._waiting, key=lambda parcel: -parcel.haste))
+        for parcel in self._waiting:
+            parcel.window_bytes += under_way if parcel.window_bytes else 0
 
     def feed(self) -> bool:
         """Send what may be sent now; whether there was anything."""
         found = False
         while self._waiting and self._link.has_credit:
-            _, _, nbytes, window_bytes, send = self._waiting[0]
-            under_way = self._link.unanswered_bytes
-            if window_bytes and under_way and under_way + nbytes > window_bytes:
+            parcel, under_way = self._waiting[0], self._link.unanswered_bytes
+            if parcel.window_bytes and under_way and under_way + parcel.nbytes > parcel.window_bytes:
                 break
-            heapq.heappop(self._waiting)
-            send()
+            self._waiting.popleft()
+            parcel.send()
             found = True
         return found
