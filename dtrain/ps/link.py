@@ -6,6 +6,7 @@ the client's pump where links are networks.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket as net
@@ -179,6 +180,17 @@ class Link:
         """Whether more may be sent; else something has to be answered first."""
         limit = self._allowed_bytes + (0 if self.welcome is None else self.welcome.credit)
         return self._window_bytes + 2 * wire.PART_BYTES <= limit
+
+    @property
+    def made(self) -> int:
+        """How many requests were made."""
+        return self._next
+
+    def unanswered_of(self, first: int) -> int:
+        """Of `unanswered_bytes`, those of so many first requests."""
+        earlier = itertools.takewhile(lambda seq: seq < first, self._asked)
+        payloads = (self._asked[seq].payload for seq in earlier)
+        return sum(len(payload) for payload in payloads if payload is not None)
 
     def allow(self, nbytes: int) -> None:
         """More may be under way: the server has made room for so many bytes of parameters."""

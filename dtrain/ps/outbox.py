@@ -48,7 +48,7 @@ def window_bytes(nbytes: int) -> int:
     return parts.UNDER_WAY * max(parts.LEAST_BYTES, nbytes)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Parcel:
     nbytes: int
     window_bytes: int
@@ -62,6 +62,7 @@ class Outbox:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._waiting: deque[_Parcel] = deque()
+        self._before = 0  # how many requests were made before the last `hurry`
 
     def put(self, nbytes: int, window_bytes: int, send: Callable[[], None], *, haste: int = 0) -> None:
         """Call `send`, which sends that many bytes, when the server has answered enough of what it was sent.
@@ -83,16 +84,15 @@ class Outbox:
         all have sent the first of what there was to be sent, some more of it than others, and now all go on from the
         other end, each with a whole window, in which nothing counts of what it had sent before.
         """
-        under_way = self._link.unanswered_bytes
         self._waiting = deque(sorted(self._waiting, key=lambda parcel: -parcel.haste))
-        for parcel in self._waiting:
-            parcel.window_bytes += under_way if parcel.window_bytes else 0
+        self._before = self._link.made
 
     def feed(self) -> bool:
         """Send what may be sent now; whether there was anything."""
         found = False
         while self._waiting and self._link.has_credit:
-            parcel, under_way = self._waiting[0], self._link.unanswered_bytes
+            parcel = self._waiting[0]
+            under_way = self._link.unanswered_bytes - self._link.unanswered_of(self._before)
             if parcel.window_bytes and under_way and under_way + parcel.nbytes > parcel.window_bytes:
                 break
             self._waiting.popleft()
