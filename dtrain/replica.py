@@ -24,7 +24,7 @@ from dtrain.comm.base import Backend, PrimaryHost
 from dtrain.comm.hosts import StepReport
 from dtrain.comm.ordered import HALVES
 from dtrain.early import EarlyForward
-from dtrain.errors import LayoutError, UsageError
+from dtrain.errors import DtrainError, LayoutError, UsageError
 from dtrain.exchange import Exchange
 from dtrain.pushes import HostedUpdate, Pushes
 from dtrain.weights import StepWeights
@@ -305,7 +305,9 @@ class Replica:
             self._refresh()
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, when parameters that are on their way are there, or cannot come any more."""
+        with contextlib.suppress(DtrainError):
+            self.settle()
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()

@@ -369,16 +369,34 @@ def test_what_is_written_meanwhile_is_refused_and_not_lost(own_temporary_directo
 
 
 def test_a_model_that_is_closed_waits_no_more(own_temporary_directory: Path) -> None:
-    def body(comm: Any, _: threading.Event) -> int:
+    """And what was on its way is there."""
+
+    def body(comm: Any, _: threading.Event) -> tuple[int, list[Tensor]]:
         model = mlp()
         replica = tie(comm, model)
         replica.backward(model(torch.ones(1, 6)).sum())
         replica.publish()
-        replica.settle()
         replica.close()
-        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+        hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+        return hooks, [p.detach().clone() for p in model.parameters()]
 
-    assert in_two(body, own_temporary_directory) == [0, 0]
+    for hooks, parameters in in_two(body, own_temporary_directory):
+        assert hooks == 0
+        assert not any(torch.equal(p, q) for p, q in zip(parameters, mlp().parameters(), strict=True))
+
+
+def test_it_waits_in_inference_too(own_temporary_directory: Path) -> None:
+    def body(comm: Any, _: threading.Event) -> bool:
+        model = mlp()
+        replica = tie(comm, model)
+        replica.backward(model(torch.ones(1, 6)).sum())
+        replica.publish()
+        with torch.inference_mode():
+            found = model(torch.ones(1, 6))
+        replica.settle()
+        return torch.equal(found, model(torch.ones(1, 6)))
+
+    assert in_two(body, own_temporary_directory) == [True, True]
 
 
 class Held:

@@ -31,6 +31,7 @@ def arguments_of(options: argparse.Namespace, folder: Path, restarts: int) -> li
         *("--servers", str(options.servers), "--update", options.update, "--on-worker-loss", "wait"),
         *("--max-restarts", str(restarts), "--steps", str(options.steps), "--checkpoint-every", "10", "--quiet"),
         *("--lanes", options.lanes, "--run-dir", str(folder / "run")),
+        *(["--early-forward"] if options.early_forward else []),
     ]
 
 
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--update", choices=("worker", "server"), default="worker")
+    parser.add_argument("--early-forward", action="store_true", help="with --update server")
     parser.add_argument("--lanes", choices=("auto", "off"), default="auto")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pause", type=float, default=2.0, help="most seconds between two kills")
