@@ -45,7 +45,7 @@ class TrainConfig:
     """With staleness: lambda of DC-ASGD, which corrects a gradient for what others changed meanwhile."""
     early_forward: bool = False
     """With update=server or sharded: the next forward begins before all parameters are there; each layer waits for its
-    own, and the numbers are the same."""
+    own, and the numbers are the same. A loss that reads parameters before it calls the model is not seen."""
     nonfinite: Literal["allow", "skip", "abort"] = "allow"
     """What to do when a gradient of any worker is NaN or infinite: nothing; leave the step out; end the run. The last
     two name the worker and the parameter, and cost a look at the gradients and one message a step."""

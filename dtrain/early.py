@@ -3,7 +3,9 @@
 Parameters come back in the order in which forward needs them, and travel while the first layers already compute
 (Jayarajan et al. 2019, "Priority-based Parameter Propagation"; Peng et al. 2019, "ByteScheduler"). Nothing is computed
 of old values: a layer waits for its own parameters, and so does each function of torch that is given one inside the
-model, whoever's it is. When the model returns, all are there.
+model, or another tensor in its memory, whoever's it is. When the model returns, all are there. What torch does not tell
+of is not seen: functions that were scripted, extensions in C++ and threads that a forward starts, where they are given
+parameters of a layer that was not called. Models that are compiled, in whole or in part, have all parameters first.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 
 class Late(Protocol):
@@ -26,7 +28,7 @@ class Late(Protocol):
         """Whether any are."""
 
     def arrive(self, tensor: Tensor) -> None:
-        """Return when this one, if it is a parameter that is on its way, is there."""
+        """Return when this one, if it is a parameter that is on its way or lies in its memory, is there."""
 
     def settle(self) -> object:
         """Return when all are there."""
@@ -41,10 +43,15 @@ class EarlyForward:
         self._waits = _Waits(late)
         self._outermost: nn.Module | None = None  # of the modules that are being called, the first one
         self._depth = 0  # how often it is, which may call itself
+        self.compiled = False
+        """Whether code was compiled that does not wait: parameters must be there before it runs."""
         self._hooks: list[Any] = []
         for module in self._modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                self.compiled = True
+                continue
             self._hooks += [
-                module.register_forward_pre_hook(_Hook(self._before)),
+                module.register_forward_pre_hook(_Hook(self._before), prepend=True),
                 module.register_forward_hook(_Hook(self._after), always_call=True),
                 module.register_state_dict_pre_hook(_Hook(self._settle)),
                 module.register_load_state_dict_pre_hook(_Hook(self._settle)),
@@ -52,18 +59,21 @@ class EarlyForward:
 
     def _before(self, module: nn.Module, *_: object) -> None:
         """A module is about to be called."""
+        if torch.compiler.is_compiling() or (self._outermost is None and self._any_compiled()):
+            self.compiled = True  # nothing asks from now on, whatever is late
+            if self._late.late:
+                self._settle()
+            return
         if self._outermost is module:
             self._depth += 1
         if not self._late.late:
             return
-        if torch.compiler.is_compiling() or (self._outermost is None and self._any_compiled()):
-            self._settle()  # compiled code does not ask
-            return
         if self._outermost is None:
             self._outermost, self._depth = module, 1
             self._waits.__enter__()  # type: ignore[no-untyped-call]
-        for parameter in module.parameters(recurse=False):
-            self._late.arrive(parameter)
+        with torch._C.DisableTorchFunction():  # what waits is not to wait for itself
+            for parameter in module.parameters(recurse=False):
+                self._late.arrive(parameter)
 
     def _after(self, module: nn.Module, _: object, result: object) -> None:
         """It has returned, or raised."""
@@ -79,16 +89,33 @@ class EarlyForward:
 
     @_disable_dynamo  # torch.compile is not to look into the transfers
     def _settle(self, *_: object) -> None:
-        self._late.settle()
+        with torch._C.DisableTorchFunction():
+            self._late.settle()
+
+    def reset(self) -> None:
+        """Forget a forward that was interrupted, of which torch tells no hook."""
+        if self._outermost is None:
+            return
+        self._outermost = None
+        if _get_current_function_mode() is self._waits:
+            self._waits.__exit__(None, None, None)
 
     def close(self) -> None:
         """Take the hooks off."""
+        self.reset()
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
 
     def _any_compiled(self) -> bool:
         return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in self._modules)
+
+
+_ABOUT = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("requires_grad", "shape", "ndim", "dtype", "device", "layout", "is_leaf", "is_cuda", "grad", "grad_fn")
+)
+"""What may be asked of a parameter whose numbers are on their way."""
 
 
 class _Waits(TorchFunctionMode):
@@ -105,7 +132,7 @@ class _Waits(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if self._late.late:
+        if self._late.late and func not in _ABOUT:
             self._look(args)
             if kwargs:
                 self._look(kwargs.values())
@@ -117,6 +144,8 @@ class _Waits(TorchFunctionMode):
                 self._late.arrive(one)
             elif isinstance(one, list | tuple):
                 self._look(one)
+            elif callable(one) and not isinstance(one, type):
+                self._late.settle()  # inside it nothing waits
 
 
 class _Hook:

@@ -51,7 +51,7 @@ class Pushes:
         self._kept: dict[int, dict[str, Any]] = {}  # on worker 0: optimizer state, of frozen parameters too
         self._steps_before = 0  # of earlier layouts
         self._versions: dict[int, int] = {}  # of each parameter, by its id, when it was last the servers'
-        self._late: dict[int, int] = {}  # by id: the bucket of each parameter that is on its way
+        self._late: dict[int, int] = {}  # the bucket of what is on its way, by id of a parameter and address of memory
         self._settled = True  # whether the last step is over here
         self._sent = 0
         self._share = 1.0 / comm.world_size
@@ -66,6 +66,9 @@ class Pushes:
 
     def lay_out(self) -> list[int]:
         """Plan the buckets anew, and hand the parameters over; positions of those that take part."""
+        owner = _owners.get(self._comm.traffic, lambda: None)()
+        if owner is not None and owner is not self:
+            owner.settle()  # what is on its way would not come any more
         state = self._take_back()
         plans = [p for p in plan(self._named, dtype=None, **self._sizes) if p.members]
         self._buckets, self._where = [], {}
@@ -100,7 +103,10 @@ class Pushes:
         """
         self.refuse_pending()
         self.settle()
-        for parameter in self._parameters:
+        self._refuse_written(self._parameters)
+
+    def _refuse_written(self, parameters: list[Parameter]) -> None:
+        for parameter in parameters:
             if parameter._version != self._versions[id(parameter)]:
                 name = next(n for n, p in self._named if p is parameter)
                 raise UsageError(
@@ -157,7 +163,9 @@ class Pushes:
             return None
         if self._update.early_forward:
             self._host.conclude()
-            self._late = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket.parameters}
+            for number, bucket in enumerate(self._buckets):
+                self._late |= {place: number for p in bucket.parameters for place in (id(p), _memory(p))}
+                self._versions |= {id(p): p._version for p in bucket.parameters}
         self._stepping, self._settled = False, False
         self._clear()  # of a backward that was refused meanwhile
         return None if self._update.early_forward else self.settle()
@@ -168,26 +176,29 @@ class Pushes:
         return bool(self._late)
 
     def arrive(self, tensor: torch.Tensor) -> None:
-        """Return when this one, if it is a parameter that is on its way, is there, and those of its bucket."""
+        """Return when this one, if it is a parameter that is on its way or lies in its memory, is there."""
         number = self._late.get(id(tensor))
+        if number is None:
+            number = self._late.get(_memory(tensor))
         if number is None:
             return
         self._host.arrive(number)
-        parameters = self._buckets[number].parameters
-        for parameter in parameters:
-            del self._late[id(parameter)]
-        self._mark(parameters)
+        self._refuse_written(self._buckets[number].parameters)
+        self._late = {place: bucket for place, bucket in self._late.items() if bucket != number}
+        self._mark(self._buckets[number].parameters)
 
     def settle(self) -> StepReport | None:
         """Return when all parameters are those after the last step; what became of it, to who asks first."""
         if self._settled:
             return None
         report = self._host.pull()
-        self._mark(
-            [p for p in self._parameters if id(p) in self._late] if self._update.early_forward else self._parameters
-        )
-        self._late.clear()
-        self._settled = True
+        came = self._parameters
+        if self._update.early_forward:
+            came = [p for number in set(self._late.values()) for p in self._buckets[number].parameters]
+        late, self._late, self._settled = self._late, {}, True
+        if late:
+            self._refuse_written(came)
+        self._mark(came)
         if report.counted:
             self.staleness[report.staleness] += 1
         else:
@@ -235,6 +246,7 @@ class Pushes:
 
     def state_bytes(self) -> int:
         """Bytes that are kept for the optimizer, all together; all workers call it."""
+        self._refuse_amid_step("state_bytes()")
         return self._host.state_bytes()
 
     def table(self) -> str:
@@ -339,3 +351,11 @@ class Pushes:
         """Elements behind a bucket's parameters, so that all workers have parts of one size."""
         numel = sum(self._named[index][1].numel() for index in one.members)
         return -numel % self._comm.world_size if isinstance(self._update, ShardedUpdate) else 0
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where its storage begins; -1 where there is none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, or of torch.func's
+        return -1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -230,7 +231,12 @@ class Replica:
         """With `update="first"`: everyone's parameters become worker 0's, after its step. With a `ServerUpdate` or a
         `ShardedUpdate`: they become those after the step; what became of this worker's is returned, or with
         `early_forward` by `settle`. Else nothing."""
-        return self._exchange.publish()
+        report = self._exchange.publish()
+        if self._early is not None:
+            self._early.reset()
+            if self._early.compiled:
+                return self.settle()
+        return report
 
     def settle(self) -> StepReport | None:
         """With `early_forward`: return when all parameters are those after the last step, and what became of it, to
@@ -306,8 +312,9 @@ class Replica:
 
     def close(self) -> None:
         """Take the hooks off the model, when parameters that are on their way are there, or cannot come any more."""
-        with contextlib.suppress(DtrainError):
-            self.settle()
+        if sys.exc_info()[0] is None:  # else nobody may come any more for whom to wait
+            with contextlib.suppress(DtrainError):
+                self.settle()
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()

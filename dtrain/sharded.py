@@ -151,7 +151,8 @@ class Sharded:
 
     def arrive(self, bucket: int) -> None:
         if self._gathers and bucket in self._gathers:
-            self._gathers.pop(bucket).wait()
+            self._gathers[bucket].wait()
+            del self._gathers[bucket]
 
     def pull(self) -> StepReport:
         if self._gathers is None:

@@ -185,6 +185,7 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if not self._stopping:
             return
+        self.replica.settle()
         self._call("on_stop")
         collectives.barrier(self.comm)
         raise Preempted(f"asked to stop: the run is saved at step {self.state.step}; resume it to go on")

@@ -20,6 +20,7 @@ from dtrain.comm.hosts import HostedBucket, StepReport
 from dtrain.early import EarlyForward
 from dtrain.errors import UsageError
 from dtrain.hooks import Hook, State
+from dtrain.pushes import _memory
 from tests.conftest import BACKENDS, everywhere
 from tests.ps.serving import Running, all_of, own_socket, workers_of
 from tests.small import Job, differences, fit, trainer_of
@@ -31,8 +32,8 @@ class Slow:
     """Parameters that are `OLD` until somebody waits for them, who then has them set to `NEW`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.names = {id(p): name for name, p in model.named_parameters()}
-        self.left = {id(p): p for p in model.parameters()}
+        self.names = {_memory(p): name for name, p in model.named_parameters()}
+        self.left = {_memory(p): p for p in model.parameters()}
         self.order: list[str] = []
         for parameter in model.parameters():
             nn.init.constant_(parameter, OLD)
@@ -42,9 +43,10 @@ class Slow:
         return bool(self.left)
 
     def arrive(self, tensor: Tensor) -> None:
-        if self.left.pop(id(tensor), None) is not None:
-            nn.init.constant_(tensor, NEW)
-            self.order.append(self.names[id(tensor)])
+        parameter = self.left.pop(_memory(tensor), None)
+        if parameter is not None:
+            nn.init.constant_(parameter, NEW)
+            self.order.append(self.names[_memory(tensor)])
 
     def settle(self) -> None:
         left, self.left = self.left, {}
@@ -88,6 +90,22 @@ class Foreign(nn.Module):
         return x * self.own
 
 
+class Hidden(nn.Module):
+    """Uses weights of layers that it does not call where torch does not see the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: nn.Linear(4, 4) for name in "ab"})
+        self.kept = self.parts["a"].weight.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        def distance(a: Tensor, b: Tensor) -> Tensor:
+            return ((a - b) @ self.parts["b"].weight).sum(1)
+
+        loss = F.triplet_margin_with_distance_loss(x, x + 1, x - 2, distance_function=distance)
+        return x @ self.kept + loss.detach()
+
+
 class Tree(nn.Module):
     """Calls itself."""
 
@@ -106,7 +124,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embedding": (lambda: nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4)), (0,)),
     "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), (5, 2, 4)),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), (3, 4)),
+    "weight norm by a hook": (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), (3, 4)),
     "foreign": (Foreign, (4, 4)),
+    "hidden": (Hidden, (3, 4)),
     "tree": (Tree, (3, 4)),
 }  # fmt: skip
 
@@ -117,14 +137,16 @@ def given(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("trains", [True, False])
 def test_everything_is_computed_of_the_newest(name: str, trains: bool) -> None:
     make, shape = MODELS[name]
-    model, x = make(), given(shape)
-    model.train(trains)
-    plain = newest(model)
-    slow = watched(model)
+    model, plain, x = make(), make(), given(shape)
+    for parameter in plain.parameters():
+        nn.init.constant_(parameter, NEW)
+    slow = watched(model.train(trains))
+    plain.train(trains)
     with torch.set_grad_enabled(trains):
         found, expected = model(x), plain(x)
     for a, b in zip(_tensors(found), _tensors(expected), strict=True):
@@ -169,6 +191,28 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
             model(torch.ones(1, 4))
         assert not torch.overrides._get_current_function_mode_stack()  # type: ignore[attr-defined]
     assert slow.order[:2] == ["0.weight", "0.bias"]
+
+
+def test_an_interrupted_forward_can_be_forgotten() -> None:
+    """Torch tells no hook of an interrupt."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    slow = Slow(model)
+    early = EarlyForward(model, slow)
+    handle = model[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 4))
+    handle.remove()
+    early.reset()
+    assert not torch.overrides._get_current_function_mode_stack()  # type: ignore[attr-defined]
+    slow.__init__(model)  # type: ignore[misc]
+    model(torch.ones(1, 4))
+    assert not slow.late
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace")
+def test_a_part_that_was_traced_has_everything_first() -> None:
+    model = nn.Sequential(torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4)))
+    assert EarlyForward(model, Slow(model)).compiled
 
 
 def test_reading_and_writing_the_state_wait() -> None:
@@ -219,22 +263,29 @@ class Functional(nn.Module):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch.compile, of its own doing
 @pytest.mark.parametrize("tie_first", [True, False])
 @pytest.mark.parametrize("compile_", [_whole, _in_place, _a_part, Functional])
-def test_a_compiled_model_waits(compile_: Callable[[nn.Module], Any], tie_first: bool) -> None:
+@pytest.mark.parametrize("late_at_first", [True, False])
+def test_a_compiled_model_waits(compile_: Callable[[nn.Module], Any], tie_first: bool, late_at_first: bool) -> None:
     """For everything at once, where it must."""
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     x = given((3, 4))
     plain = newest(model)
     if tie_first:
-        slow = watched(model)
+        slow = Slow(model)
+        early = EarlyForward(model, slow)
         used = compile_(model)
     else:
         used = compile_(model)
-        slow = watched(used)
+        slow = Slow(used)
+        early = EarlyForward(used, slow)
+    if not late_at_first:
+        slow.settle()
     for _ in range(3):
         assert torch.equal(used(x), plain(x))
         assert not slow.late
         slow.__init__(model)  # type: ignore[misc]
+        if early.compiled:
+            slow.settle()  # as publish() does
     torch.compiler.reset()
 
 
@@ -366,6 +417,63 @@ def test_what_is_written_meanwhile_is_refused_and_not_lost(own_temporary_directo
         return ""
 
     assert all("was changed here, where servers keep it" in text for text in in_two(body, own_temporary_directory))
+
+
+def test_a_weight_that_is_written_by_hand_is_refused(own_temporary_directory: Path) -> None:
+    """It would be lost, or not, as it happens."""
+
+    def body(comm: Any, _: threading.Event) -> str:
+        model = mlp()
+        replica = tie(comm, model)
+        replica.backward(model(torch.ones(1, 6)).sum())
+        replica.publish()
+        with torch.no_grad():
+            model[0].weight.fill_(5.0)
+        try:
+            model(torch.ones(1, 6))
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    assert all("0.weight was changed here" in text for text in in_two(body, own_temporary_directory))
+
+
+def test_who_was_interrupted_waits_again(own_temporary_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of the last wait of a step."""
+
+    def body(comm: Any, _: threading.Event) -> tuple[Any, bool]:
+        model = mlp()
+        replica = tie(comm, model)
+        replica.backward(model(torch.ones(1, 6)).sum())
+        replica.publish()
+        hosted: Any = replica.pushes._hosted  # type: ignore[union-attr]
+        wait = hosted._await
+
+        def interrupted(what: str) -> None:
+            hosted._await = wait
+            raise KeyboardInterrupt
+
+        hosted._await = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            replica.settle()
+        report = replica.settle()
+        replica.check()
+        return report, hosted.steps
+
+    assert in_two(body, own_temporary_directory) == [(StepReport(1, 0, 2), 1)] * 2
+
+
+def test_another_model_in_its_place_comes_after_what_was_on_its_way(own_temporary_directory: Path) -> None:
+    def body(comm: Any, _: threading.Event) -> bool:
+        first, second = mlp(), mlp()
+        replica = tie(comm, first)
+        replica.backward(first(torch.ones(1, 6)).sum())
+        replica.publish()
+        tie(comm, second)
+        with torch.no_grad():
+            return torch.equal(first(torch.ones(1, 6)), second(torch.ones(1, 6)))
+
+    assert in_two(body, own_temporary_directory) == [False, False]
 
 
 def test_a_model_that_is_closed_waits_no_more(own_temporary_directory: Path) -> None:

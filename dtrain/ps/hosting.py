@@ -193,10 +193,11 @@ class Hosting:
 
     def pull(self) -> StepReport:
         what = f"step {self.steps}"
-        closed, self._closed = self._closed or self._close(what), None
-        self.steps = min(c.version for c in closed) if self._rules.agreed else self.steps + 1
+        closed = self._closed = self._closed or self._close(what)
         self._await(what)
         self._bring_all_values()
+        self._closed = None  # only now: who was interrupted waits again
+        self.steps = min(c.version for c in closed) if self._rules.agreed else self.steps + 1
         return StepReport(max(c.version for c in closed), max(c.behind for c in closed), min(c.counted for c in closed))
 
     def _close(self, what: str) -> list[Closed]:
