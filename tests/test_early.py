@@ -350,9 +350,14 @@ def test_a_resumed_run_has_the_same_bits(update: str, tmp_path: Path) -> None:
 # -- a worker and a server --------------------------------------------------------------------------------------------
 
 
+_drawing = threading.Lock()
+
+
 def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    """The same in all threads, which have one generator."""
+    with _drawing:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
 def tie(comm: Backend, model: nn.Module, **rules: Any) -> dtrain.Replica:
