@@ -1,11 +1,13 @@
 """The next forward before all parameters are there: what uses one that is still on its way waits for it.
 
 Parameters come back in the order in which forward needs them, and travel while the first layers already compute
-(Jayarajan et al. 2019, "Priority-based Parameter Propagation"; Peng et al. 2019, "ByteScheduler"). Nothing is computed
-of old values: a layer waits for its own parameters, and so does each function of torch that is given one inside the
-model, or another tensor in its memory, whoever's it is. When the model returns, all are there. What torch does not tell
-of is not seen: functions that were scripted, extensions in C++ and threads that a forward starts, where they are given
-parameters of a layer that was not called. Models that are compiled, in whole or in part, have all parameters first.
+(Jayarajan et al. 2019, "Priority-based Parameter Propagation"; Peng et al. 2019, "ByteScheduler").
+
+Nothing is computed of old values: a layer waits for its own parameters, and so does each function of torch that is
+given one inside the model, whoever's it is. When the model returns, all are there. What torch does not tell of is not
+seen: functions that were scripted, extensions in C++ and threads that a forward starts, where they are given
+parameters of a layer that was not called, and tensors kept from before that share a parameter's memory. Models that
+are compiled, in whole or in part, have all parameters first.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Late(Protocol):
         """Whether any are."""
 
     def arrive(self, tensor: Tensor) -> None:
-        """Return when this one, if it is a parameter that is on its way or lies in its memory, is there."""
+        """Return when this one, if it is a parameter that is on its way, is there."""
 
     def settle(self) -> object:
         """Return when all are there."""

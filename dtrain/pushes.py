@@ -51,7 +51,7 @@ class Pushes:
         self._kept: dict[int, dict[str, Any]] = {}  # on worker 0: optimizer state, of frozen parameters too
         self._steps_before = 0  # of earlier layouts
         self._versions: dict[int, int] = {}  # of each parameter, by its id, when it was last the servers'
-        self._late: dict[int, int] = {}  # the bucket of what is on its way, by id of a parameter and address of memory
+        self._late: dict[int, int] = {}  # by id: the bucket of each parameter that is on its way
         self._settled = True  # whether the last step is over here
         self._sent = 0
         self._share = 1.0 / comm.world_size
@@ -164,7 +164,7 @@ class Pushes:
         if self._update.early_forward:
             self._host.conclude()
             for number, bucket in enumerate(self._buckets):
-                self._late |= {place: number for p in bucket.parameters for place in (id(p), _memory(p))}
+                self._late |= {id(p): number for p in bucket.parameters}
                 self._versions |= {id(p): p._version for p in bucket.parameters}
         self._stepping, self._settled = False, False
         self._clear()  # of a backward that was refused meanwhile
@@ -176,10 +176,11 @@ class Pushes:
         return bool(self._late)
 
     def arrive(self, tensor: torch.Tensor) -> None:
-        """Return when this one, if it is a parameter that is on its way or lies in its memory, is there."""
+        """Return when this one, if it is a parameter that is on its way, is there.
+
+        Not for what lies in its memory: that is what a transfer writes, perhaps while a layer waits for another one.
+        """
         number = self._late.get(id(tensor))
-        if number is None:
-            number = self._late.get(_memory(tensor))
         if number is None:
             return
         self._host.arrive(number)
@@ -351,11 +352,3 @@ class Pushes:
         """Elements behind a bucket's parameters, so that all workers have parts of one size."""
         numel = sum(self._named[index][1].numel() for index in one.members)
         return -numel % self._comm.world_size if isinstance(self._update, ShardedUpdate) else 0
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """Where its storage begins; -1 where there is none."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, or of torch.func's
-        return -1
