@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import common
 import pictures
@@ -184,14 +185,21 @@ def _job(
         inside = environment({"role": "server", "timeout_s": TIMEOUT_S}, threads=1)
         processes += start_servers(h, places, binds, workers, inside, of=f" of {wiring.name()}")
     task = Task(str(folder), workers, list(numels), rounds, addresses)
+    return run_workers(h, folder, workers, __file__, asdict(task), processes)
+
+
+def run_workers(
+    h: Hosts, folder: Path, workers: int, script: str, task: dict[str, Any], servers: Sequence[Process]
+) -> list[Any]:
+    """Run a script's `--work` on the first hosts, beside servers that were started; what each worker has left."""
     file = folder / "task.json"
-    file.write_text(json.dumps(asdict(task)), encoding="utf-8")
+    file.write_text(json.dumps(task), encoding="utf-8")
     store = f"tcp://{h.address(0)}:{h.port()}"
+    processes = [*servers]
     for rank in range(workers):
         place = {"backend": "allreduce", "rank": rank, "world_size": workers, "store": store, "job_id": "links"}
         inside = environment({**place, "timeout_s": TIMEOUT_S}, threads=1)
-        command = [sys.executable, __file__, "--work", str(file)]
-        processes.append(h.start(rank, command, inside, name=f"worker {rank}"))
+        processes.append(h.start(rank, [sys.executable, script, "--work", str(file)], inside, name=f"worker {rank}"))
     finish(processes, timeout_s=1800.0)
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(workers)]
 

@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +39,8 @@ from typing import Any
 import common
 import pictures
 import torch
-from hosts import Hosts, Process, available, environment, finish, hosts, server_hosts, start_servers
-from links import TIMEOUT_S, ring
+from hosts import Hosts, Process, available, environment, hosts, server_hosts, start_servers
+from links import TIMEOUT_S, ring, run_workers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -256,15 +255,7 @@ def _job(
         processes += start_servers(h, places, binds, workers, inside, of=f" of {name}")
     told = (arguments.rounds, arguments.steps, arguments.buckets, arguments.only)
     task = Task(str(folder), workers, numel, compute_s, *told, addresses)
-    file = folder / "task.json"
-    file.write_text(json.dumps(asdict(task)), encoding="utf-8")
-    store = f"tcp://{h.address(0)}:{h.port()}"
-    for rank in range(workers):
-        place = {"backend": "allreduce", "rank": rank, "world_size": workers, "store": store, "job_id": "links"}
-        inside = environment({**place, "timeout_s": TIMEOUT_S}, threads=1)
-        processes.append(h.start(rank, [sys.executable, __file__, "--work", str(file)], inside, name=f"worker {rank}"))
-    finish(processes, timeout_s=1800.0)
-    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(workers)]
+    return run_workers(h, folder, workers, __file__, asdict(task), processes)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

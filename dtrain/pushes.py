@@ -185,7 +185,7 @@ class Pushes:
             return
         self._host.arrive(number)
         self._refuse_written(self._buckets[number].parameters)
-        self._late = {place: bucket for place, bucket in self._late.items() if bucket != number}
+        self._late = {key: bucket for key, bucket in self._late.items() if bucket != number}
         self._mark(self._buckets[number].parameters)
 
     def settle(self) -> StepReport | None:

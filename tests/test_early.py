@@ -363,6 +363,15 @@ def tie(comm: Backend, model: nn.Module, **rules: Any) -> dtrain.Replica:
     return dtrain.replicate(model, comm, update=ServerUpdate(optimizer=optimizer, early_forward=True, **rules))
 
 
+def published(comm: Backend) -> tuple[nn.Sequential, dtrain.Replica]:
+    """A model whose parameters are on their way."""
+    model = mlp()
+    replica = tie(comm, model)
+    replica.backward(model(torch.ones(1, 6)).sum())
+    replica.publish()
+    return model, replica
+
+
 def in_two(fn: Callable[[Any, threading.Event], Any], folder: Path) -> list[Any]:
     """With a server in a thread: what each of two workers returned."""
     running = Running(own_socket(folder), 2)
@@ -407,10 +416,7 @@ def test_what_is_written_meanwhile_is_refused_and_not_lost(own_temporary_directo
     """A weight that is set by hand between two steps: as without an early forward, it is refused."""
 
     def body(comm: Any, _: threading.Event) -> str:
-        model = mlp()
-        replica = tie(comm, model)
-        replica.backward(model(torch.ones(1, 6)).sum())
-        replica.publish()
+        model, replica = published(comm)
         with torch.no_grad():
             model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
         try:
@@ -426,10 +432,7 @@ def test_a_weight_that_is_written_by_hand_is_refused(own_temporary_directory: Pa
     """It would be lost, or not, as it happens."""
 
     def body(comm: Any, _: threading.Event) -> str:
-        model = mlp()
-        replica = tie(comm, model)
-        replica.backward(model(torch.ones(1, 6)).sum())
-        replica.publish()
+        model, _replica = published(comm)
         with torch.no_grad():
             model[0].weight.fill_(5.0)
         try:
@@ -441,14 +444,11 @@ def test_a_weight_that_is_written_by_hand_is_refused(own_temporary_directory: Pa
     assert all("0.weight was changed here" in text for text in in_two(body, own_temporary_directory))
 
 
-def test_who_was_interrupted_waits_again(own_temporary_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_interrupted_waits_again(own_temporary_directory: Path) -> None:
     """In the midst of the last wait of a step."""
 
-    def body(comm: Any, _: threading.Event) -> tuple[Any, bool]:
-        model = mlp()
-        replica = tie(comm, model)
-        replica.backward(model(torch.ones(1, 6)).sum())
-        replica.publish()
+    def body(comm: Any, _: threading.Event) -> tuple[Any, int]:
+        _model, replica = published(comm)
         hosted: Any = replica.pushes._hosted  # type: ignore[union-attr]
         wait = hosted._await
 
@@ -468,10 +468,7 @@ def test_who_was_interrupted_waits_again(own_temporary_directory: Path, monkeypa
 
 def test_another_model_in_its_place_comes_after_what_was_on_its_way(own_temporary_directory: Path) -> None:
     def body(comm: Any, _: threading.Event) -> bool:
-        first, second = mlp(), mlp()
-        replica = tie(comm, first)
-        replica.backward(first(torch.ones(1, 6)).sum())
-        replica.publish()
+        (first, _replica), second = published(comm), mlp()
         tie(comm, second)
         with torch.no_grad():
             return torch.equal(first(torch.ones(1, 6)), second(torch.ones(1, 6)))
@@ -483,10 +480,7 @@ def test_a_model_that_is_closed_waits_no_more(own_temporary_directory: Path) -> 
     """And what was on its way is there."""
 
     def body(comm: Any, _: threading.Event) -> tuple[int, list[Tensor]]:
-        model = mlp()
-        replica = tie(comm, model)
-        replica.backward(model(torch.ones(1, 6)).sum())
-        replica.publish()
+        model, replica = published(comm)
         replica.close()
         hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
         return hooks, [p.detach().clone() for p in model.parameters()]
@@ -498,10 +492,7 @@ def test_a_model_that_is_closed_waits_no_more(own_temporary_directory: Path) -> 
 
 def test_it_waits_in_inference_too(own_temporary_directory: Path) -> None:
     def body(comm: Any, _: threading.Event) -> bool:
-        model = mlp()
-        replica = tie(comm, model)
-        replica.backward(model(torch.ones(1, 6)).sum())
-        replica.publish()
+        model, replica = published(comm)
         with torch.inference_mode():
             found = model(torch.ones(1, 6))
         replica.settle()
