@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _TICK_S = 0.25
 _PING_S = 1.0
 _LAST_WORDS_S = 2.0
+_FLOOD_S = 2.0
+"""How long to read on before one that cannot be reached is given up: under a flood there is always more."""
 _SLICE_S = 0.002
 """How long the server works on sums between two looks at its socket."""
 _AT_ONCE_BYTES = 64 * 2**10
@@ -110,6 +112,7 @@ class Server:
         self._saved: dict[int, bytes] = {}
         self._spans = Spans()
         self._lives = 0  # epochs that have ended here
+        self._unreached: dict[Session, float] = {}  # since when messages could not be sent there
         self._counts: Counter[str] = Counter()
         self._stopped = False
 
@@ -137,6 +140,7 @@ class Server:
             if now >= ping_at and not members.failed:
                 self._act([Send(m.session, wire.Ping()) for m in members.present])
                 ping_at = now + _PING_S
+            self._look_for_the_unreached(now)
             if members.failed and end_at == float("inf"):
                 end_at = now + _LAST_WORDS_S
         if members.failed:
@@ -267,7 +271,7 @@ class Server:
             if isinstance(effect, Send):
                 self._send(effect)
             elif life != self._lives and not isinstance(effect, Forget):
-                continue  # a message that could not be sent has ended the epoch that this belongs to
+                continue  # one before it has ended the epoch that this belongs to
             elif isinstance(effect, SumUp):
                 self._sum_up(effect)
             elif isinstance(effect, Map):
@@ -318,7 +322,18 @@ class Server:
         if self._listener.send(send.to, [wire.encode(message), *frames]):
             self._shard.back(send.to)
         else:
-            self._act(self._shard.away(send.to, time.monotonic()))
+            self._unreached.setdefault(send.to, time.monotonic())
+
+    def _look_for_the_unreached(self, now: float) -> None:
+        """Say who is gone, once all that came from there has been read, its farewell perhaps."""
+        if not self._unreached or (self._listener.has_one and now - min(self._unreached.values()) < _FLOOD_S):
+            return
+        unreached, self._unreached = self._unreached, {}
+        for session in unreached:
+            if self._listener.send(session, [wire.encode(wire.Ping())]):
+                self._shard.back(session)  # by a new connection
+            else:
+                self._act(self._shard.away(session, now))
 
     def _map(self, effect: Map) -> None:
         session, request = effect.session, effect.request

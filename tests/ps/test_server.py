@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -371,6 +372,32 @@ def test_a_worker_whose_connection_closes_is_named(address: str):
     assert time.monotonic() - started < 5
     good.close()
     assert isinstance(running.ended(), CommError)
+
+
+@pytest.mark.usefixtures("no_board")
+def test_who_left_well_is_not_lost_though_an_answer_cannot_reach_it(address: str, monkeypatch: pytest.MonkeyPatch):
+    """Its farewell has come, and is still unread when the server answers what it had asked before."""
+    running = Running(address)
+    workers = workers_of(running.address)
+    drain, stopped, go_on = running.server._drain, threading.Event(), threading.Event()
+
+    def late() -> None:
+        stopped.set()
+        assert go_on.wait(20)
+        drain()
+
+    monkeypatch.setattr(running.server, "_drain", late)
+    try:
+        workers[0].all_reduce(torch.ones(1), "metric/sum")
+        assert stopped.wait(20)
+        workers[0].close()
+        work = workers[1].all_reduce(torch.ones(1), "metric/sum")
+        time.sleep(0.5)  # libzmq tells nobody when it has seen a connection's end
+    finally:
+        go_on.set()
+    work.wait()
+    workers[1].close()
+    assert running.ended() is None
 
 
 def test_a_closed_backend_says_so(address: str):
