@@ -53,10 +53,10 @@ class EarlyForward:
                 self.compiled = True
                 continue
             self._hooks += [
-                module.register_forward_pre_hook(_Hook(self._before), prepend=True),
-                module.register_forward_hook(_Hook(self._after), always_call=True),
-                module.register_state_dict_pre_hook(_Hook(self._settle)),
-                module.register_load_state_dict_pre_hook(_Hook(self._settle)),
+                module.register_forward_pre_hook(Hook(self._before), prepend=True),
+                module.register_forward_hook(Hook(self._after), always_call=True),
+                module.register_state_dict_pre_hook(Hook(self._settle)),
+                module.register_load_state_dict_pre_hook(Hook(self._settle)),
             ]
 
     def _before(self, module: nn.Module, *_: object) -> None:
@@ -150,8 +150,8 @@ class _Waits(TorchFunctionMode):
                 self._late.settle()  # inside it nothing waits
 
 
-class _Hook:
-    """A hook of a model that a copy of it (averaged weights, say) does not have."""
+class Hook:
+    """A hook of a model that a copy of it (averaged weights, say) does not have: that is a plain model."""
 
     def __init__(self, method: Callable[..., None] | None = None) -> None:
         self._method = method
@@ -161,4 +161,4 @@ class _Hook:
             self._method(*given)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, ()
+        return Hook, ()

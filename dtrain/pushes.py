@@ -66,7 +66,7 @@ class Pushes:
 
     def lay_out(self) -> list[int]:
         """Plan the buckets anew, and hand the parameters over; positions of those that take part."""
-        owner = _owners.get(self._comm.traffic, lambda: None)()
+        owner = self._owner
         if owner is not None and owner is not self:
             owner.settle()  # what is on its way would not come any more
         state = self._take_back()
@@ -267,11 +267,16 @@ class Pushes:
         self._settled = True
 
     @property
+    def _owner(self) -> Pushes | None:
+        """Whose parameters the backend keeps."""
+        weak = _owners.get(self._comm.traffic)
+        return None if weak is None else weak()
+
+    @property
     def _host(self) -> Hosted:
         if self._hosted is None or not self._buckets:
             raise UsageError("no parameter of the model requires a gradient: there is nothing to train")
-        owner = _owners.get(self._comm.traffic)
-        if owner is None or owner() is not self:
+        if self._owner is not self:
             raise UsageError(
                 "another model is kept in this one's place since: a backend keeps one; tie both as one "
                 "(nn.ModuleList), or this one again"

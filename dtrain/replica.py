@@ -24,7 +24,7 @@ from dtrain.comm import collectives
 from dtrain.comm.base import Backend, PrimaryHost
 from dtrain.comm.hosts import StepReport
 from dtrain.comm.ordered import HALVES
-from dtrain.early import EarlyForward
+from dtrain.early import EarlyForward, Hook
 from dtrain.errors import DtrainError, LayoutError, UsageError
 from dtrain.exchange import Exchange
 from dtrain.pushes import HostedUpdate, Pushes
@@ -134,7 +134,7 @@ class Replica:
             self._exchange = Exchange(comm, self._named, sizes=sizes, send_as=send_as, primary=primary)
         self._primary = primary
         self._weights = StepWeights(comm, [p for _, p in self._named])
-        self._hooks: list[Any] = [model.register_forward_pre_hook(_BeforeForward(self))]
+        self._hooks: list[Any] = [model.register_forward_pre_hook(Hook(self.before_forward))]
         self._early: EarlyForward | None = None
         self._hooked: set[int] = set()
         self._trainable: tuple[bool, ...] = ()
@@ -326,7 +326,7 @@ class Replica:
 
     # -- the course of a backward -------------------------------------------------------------------------------------
 
-    def before_forward(self) -> None:
+    def before_forward(self, *_: object) -> None:
         """The model is about to be called."""
         if torch.is_grad_enabled():
             self._forward_synced = self._sync
@@ -447,20 +447,6 @@ class Replica:
                     f"optimizer.step() on {names[id(parameter)]}, which was unfrozen after the forward: its gradient "
                     "was not summed over workers; unfreeze before the forward"
                 )
-
-
-class _BeforeForward:
-    """Hook on the model. A copy of the model (for averaged weights, say) is a plain model, not tied to the backend."""
-
-    def __init__(self, replica: Replica | None) -> None:
-        self._replica = replica
-
-    def __call__(self, module: nn.Module, inputs: object) -> None:
-        if self._replica is not None:
-            self._replica.before_forward()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _BeforeForward, (None,)
 
 
 def _weakly(method: Callable[[int, Tensor], None], index: int) -> Callable[[Tensor], None]:

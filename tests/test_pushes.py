@@ -538,7 +538,7 @@ def parameters_in_shared_memory_are_parameters(comm: Backend, folder: Path) -> A
     replica.publish()
     assert {name: id(p) for name, p in model.named_parameters()} == before
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == list(before.values())
-    assert not twin._forward_pre_hooks or all(h._replica is None for h in twin._forward_pre_hooks.values())
+    assert not twin._forward_pre_hooks or all(h._method is None for h in twin._forward_pre_hooks.values())
     square(twin, batch(0)).backward()  # a copy is tied to nothing
     torch.optim.SGD(twin.parameters(), lr=0.0).step()
     again = mlp()

@@ -170,6 +170,11 @@ def lane_of(key: str) -> str:
     return lane
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As messages have it: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_flat(flat: Tensor, key: str) -> None:
     """Refuse what cannot be summed as it lies in memory.
 
@@ -180,5 +185,5 @@ def check_flat(flat: Tensor, key: str) -> None:
     if flat.layout is not torch.strided or flat.dim() != 1 or not flat.is_contiguous():
         raise UsageError(f"{key}: all_reduce takes a flat contiguous tensor, not one of shape {tuple(flat.shape)}")
     if flat.dtype not in DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        names = ", ".join(map(dtype_name, DTYPES))
         raise UsageError(f"{key}: type {flat.dtype} cannot be summed over workers; the types are {names}")

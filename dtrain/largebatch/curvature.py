@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dtrain import generators, trees
 from dtrain.buckets import describe
 from dtrain.comm import collectives
-from dtrain.comm.base import Backend
+from dtrain.comm.base import Backend, dtype_name
 from dtrain.comm.solo import Solo
 from dtrain.errors import LayoutError, UsageError
 from dtrain.largebatch import derivatives
@@ -85,7 +85,7 @@ class LossSurface:
             raise UsageError("no parameter of the model requires a gradient: nothing to measure along")
         kinds = {p.dtype for p in named.values()}
         if not kinds <= {torch.float32, torch.float64} or len(kinds) > 1:
-            names = ", ".join(sorted(str(k).removeprefix("torch.") for k in kinds))
+            names = ", ".join(sorted(dtype_name(k) for k in kinds))
             raise UsageError(f"parameters are {names}: curvature is measured in float32 or float64, say model.float()")
         for path, layer in model.named_modules():
             if isinstance(layer, _BatchNorm) and layer.running_mean is None:

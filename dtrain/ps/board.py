@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtrain.comm.base import DTYPES, LANES, lane_of
+from dtrain.comm.base import DTYPES, LANES, dtype_name, lane_of
 from dtrain.comm.ordered import HALVES, total
 from dtrain.errors import LayoutError
 
@@ -128,7 +128,7 @@ class Board:
         shown = []
         for rank, (_, key, kind, numel) in enumerate(heads[:, :4].tolist()):
             name = post.key if key == zlib.crc32(post.key.encode()) else "something else"
-            dtype = str(DTYPES[kind]).removeprefix("torch.")
+            dtype = dtype_name(DTYPES[kind])
             shown.append(f"worker {rank} sent {numel} x {dtype} as {name}")
         raise LayoutError(f"{post.key}, round {post.number}: {'; '.join(shown)}")
 

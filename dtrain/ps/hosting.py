@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from dtrain.buckets import lay
 from dtrain.comm import collectives
+from dtrain.comm.base import dtype_name
 from dtrain.comm.hosts import HostedBucket, ServerUpdate, StepReport
 from dtrain.errors import ProtocolError, UsageError
 from dtrain.optim import BLOCK, Layerwise, total_norm
@@ -97,7 +98,7 @@ class Hosting:
         found = []
         for number, (bucket, ranges) in enumerate(zip(self._buckets, self._placement, strict=True)):
             members = {piece.parameter: member for member, piece in enumerate(pieces[number])}
-            dtype = str(bucket.gradient.dtype).removeprefix("torch.")
+            dtype = dtype_name(bucket.gradient.dtype)
             for range_ in ranges:
                 if range_.server == server:
                     inside = [(members[p.parameter], p) for p in cut(pieces[number], range_.start, range_.stop)]

@@ -20,6 +20,7 @@ import zmq
 from torch import Tensor
 
 from dtrain import errors
+from dtrain.comm.base import dtype_name
 from dtrain.errors import CommError, DtrainError, ProtocolError, Rewound, StateLost
 from dtrain.ps import keys, lanes, sockets, wire
 from dtrain.ps.wire import Answer, Message
@@ -240,7 +241,7 @@ class Link:
         if self._failure is not None:
             raise self._failure
         found = False
-        while int(self.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # a third of what it costs to receive nothing
+        while sockets.has_one(self.socket):
             frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             found = True
             try:
@@ -367,7 +368,7 @@ def copy_into(part: Tensor, answer: Answer, payload: memoryview | None, what: st
     """
     if payload is None:
         raise ProtocolError(f"{type(answer).__name__} for {what}, without its payload")
-    came = wire.tensor_of(payload, str(part.dtype).removeprefix("torch."))
+    came = wire.tensor_of(payload, dtype_name(part.dtype))
     if came.numel() != part.numel():
         raise ProtocolError(f"{came.numel()} numbers for {what}, not {part.numel()}")
     part.copy_(came)

@@ -109,8 +109,8 @@ class Listener:
 
     @property
     def has_one(self) -> bool:
-        """Whether a message has come. To ask costs a third of what it costs to receive nothing."""
-        return bool(int(self.router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        """Whether a message has come."""
+        return sockets.has_one(self.router)
 
     def receive(self) -> Came | None:
         """A message that has arrived; None for one that is not worth while to read.

@@ -96,6 +96,11 @@ def say(socket: zmq.Socket[bytes], name: bytes, message: Message, payload: memor
     return True
 
 
+def has_one(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message has come. To ask costs a third of what it costs to receive nothing."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
 def check_address(address: str, *, insecure_no_encryption: bool = False) -> str:
     """The address, if it may be used.
 

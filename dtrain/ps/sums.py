@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dtrain.comm.base import DTYPES
+from dtrain.comm.base import DTYPES, dtype_name
 from dtrain.comm.ordered import HALVES
 from dtrain.comm.ordered import total as in_order
 from dtrain.errors import UsageError
@@ -52,7 +52,7 @@ class Reduction(Task):
         self._target = _target(parts, outputs)
         large = first.nbytes * len(parts) > _ALONE_BYTES
         into_all = sorted(t.data_ptr() for t in parts) == sorted(t.data_ptr() for t in outputs)
-        dtype = str(first.dtype).removeprefix("torch.")
+        dtype = dtype_name(first.dtype)
         kernel = fused.kernel(dtype, len(parts)) if large and into_all else None
         nbytes = _piece_bytes(len(parts)) if kernel is None else _FUSED_BYTES
         self._piece = nbytes // max(4, first.element_size())  # halves are widened to 4 bytes

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dtrain.comm import parts
-from dtrain.comm.base import DTYPES
+from dtrain.comm.base import DTYPES, dtype_name
 from dtrain.errors import ProtocolError
 
 PROTOCOL = 5
@@ -411,7 +411,7 @@ _SUMMED_BYTES = 32 * 2**10
 _LARGEST = 2**63
 """Above all numbers in a header."""
 
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+DTYPE_NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
 
 
 _NAME_BYTES = 20

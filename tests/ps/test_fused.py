@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from dtrain.comm.base import dtype_name
 from dtrain.ps import fused, sums
 from dtrain.ps.sums import Reduction
 from dtrain.ps.tasks import Pool
@@ -36,7 +37,7 @@ def compiled(dtype: str, count: int) -> fused.Kernel | None:
 def test_bits_of_the_sum_in_order(dtype: torch.dtype, workers: int, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("numba", reason="needs dtrain[fast]")
     monkeypatch.setattr(sums, "_ALONE_BYTES", 0)
-    used = compiled(str(dtype).removeprefix("torch."), workers)
+    used = compiled(dtype_name(dtype), workers)
     assert used is not None
     calls: list[int] = []
     monkeypatch.setattr(fused, "kernel", lambda *_: lambda arrays: (calls.append(len(arrays[0])), used(arrays)))

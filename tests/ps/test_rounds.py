@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dtrain.comm.base import dtype_name
 from dtrain.ps import wire
 from dtrain.ps.members import Send
 from dtrain.ps.wire import Add, AddShared, Await, Bye, Done, Resume, Sum
@@ -29,7 +30,7 @@ def add(
     now: float = 2.0,
 ) -> list[Send]:
     payload = value if isinstance(value, Tensor) else torch.tensor([value])
-    dtype = str(payload.dtype).removeprefix("torch.")
+    dtype = dtype_name(payload.dtype)
     return host.receive(session(rank), Add(seq, 0, key, call, part, dtype, 0), payload, now)
 
 
