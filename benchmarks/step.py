@@ -6,6 +6,8 @@ model, data and processes, in one run.
     python benchmarks/step.py --contender server --case mlp --optimizer sgd adam
                                                                parameter servers that update, on shared memory
     python benchmarks/step.py --peers                          against DDP alone
+    python benchmarks/step.py --peers --case "resnet18, batch 32" --repeats 20
+                                                               one case in so many jobs, for a narrower interval
 
 Contenders: `allreduce` (gloo too), `ps` (servers sum, workers step) and `server` (servers sum and step). Baselines:
 
@@ -231,7 +233,8 @@ def _distance(a: nn.Module, b: nn.Module) -> float:
 
 
 def _rows(case: Case, arguments: argparse.Namespace, optimizer: str, names: list[str]) -> list[common.Row]:
-    runs = [_run(case, repeat, arguments, optimizer, names) for repeat in range(case.repeats)]
+    repeats = arguments.repeats or case.repeats
+    runs = [_run(case, repeat, arguments, optimizer, names) for repeat in range(repeats)]
     return [
         common.ratio_row(
             f"{case.name}, {optimizer}",
@@ -269,6 +272,7 @@ def main() -> None:
     flags.add_argument(
         "--peers", choices=peers.NAMES, nargs="*", default=[*peers.NAMES], help="beside DDP (default: all)"
     )
+    flags.add_argument("--repeats", type=int, metavar="N", help="jobs of each case (default: 2 to 6, by the case)")
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()

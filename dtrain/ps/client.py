@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dtrain.comm import collectives, parts
-from dtrain.comm.base import Span, Traffic, Work, check_flat
+from dtrain.comm.base import Span, Traffic, Work, check_flat, dtype_name
 from dtrain.comm.hosts import HostedBucket, ServerUpdate
 from dtrain.errors import CommError, ConnectError, Preempted, ProtocolError, Rewound, UsageError
 from dtrain.ps import board, sockets, spans, wire
@@ -420,7 +420,7 @@ class ParameterServer:
                 data, source = staged
                 place = self._buffers.find(source)
                 transfer.staged = (data, source, flat)
-        dtype = str(flat.dtype).removeprefix("torch.")
+        dtype = dtype_name(flat.dtype)
         itemsize = flat.element_size()
         cut = self._cut(flat, key)
         first = self.rank % len(cut) if cut else 0  # not all workers begin with the same server
@@ -539,7 +539,7 @@ class ParameterServer:
         self._part_bytes = wire.PART_BYTES
         watched = [link.watch.monitor for link in self.links if link.over_network]
         if any(link.far and not link.shares for link in self.links):
-            self._part_bytes = learn_part_bytes(self)
+            self._part_bytes = learn_part_bytes(self, len(self.links))
             self._pump = Pump(self.lock, [*watched, *(link.socket for link in self.links)], self._take_and_notice)
         elif watched:
             self._pump = Pump(self.lock, watched, self._notice)

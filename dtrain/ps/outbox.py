@@ -23,24 +23,30 @@ from dtrain.ps.link import Link
 _LONG_ENOUGH_S = 0.040
 """Links of clouds let some tens of milliseconds' worth pass at once before they keep to their rate."""
 _MOST_TRIED_BYTES = 4 * 2**20
+_TRIED_AGAIN = 2
 
 
-def learn_part_bytes(comm: Backend) -> int:
-    """In parts of what size tensors are best sent to each server, by trying sums; all workers find the same.
+def learn_part_bytes(comm: Backend, servers: int) -> int:
+    """In parts of what size tensors are best sent to each of so many servers, by trying sums; all find the same.
 
-    It takes some tens of milliseconds.
+    A sum of one part from each worker goes up and then down; while others follow it, twice as much passes in that
+    time. It takes some tens of milliseconds.
     """
-    nbytes = parts.LEAST_BYTES
-    while True:
-        flat = torch.zeros(nbytes, dtype=torch.uint8)
-        start_s = time.perf_counter()
-        comm.all_reduce(flat, "metric/rate").wait()
-        taken_us = int((time.perf_counter() - start_s) * 1e6)
-        slowest_us = max(1, *(row[0] for row in collectives.gather_numbers(comm, [taken_us], "metric/rate")))
-        if slowest_us * 1e-6 >= _LONG_ENOUGH_S or nbytes >= _MOST_TRIED_BYTES:
-            break
+    nbytes = parts.LEAST_BYTES * servers
+    while (slowest_s := _slowest_s(comm, nbytes)) < _LONG_ENOUGH_S and nbytes < _MOST_TRIED_BYTES:
         nbytes *= 4
-    return min(wire.PART_BYTES, parts.part_bytes(nbytes / (slowest_us * 1e-6)))
+    # Whoever was not given a processor is not a slow link.
+    quicker_s = min(slowest_s, *(_slowest_s(comm, nbytes) for _ in range(_TRIED_AGAIN)))
+    return min(wire.PART_BYTES, parts.part_bytes(2 * nbytes / quicker_s))
+
+
+def _slowest_s(comm: Backend, nbytes: int) -> float:
+    """How long the slowest worker waits for a sum of so many bytes."""
+    flat = torch.zeros(nbytes, dtype=torch.uint8)
+    start_s = time.perf_counter()
+    comm.all_reduce(flat, "metric/rate").wait()
+    taken_us = int((time.perf_counter() - start_s) * 1e6)
+    return 1e-6 * max(1, *(row[0] for row in collectives.gather_numbers(comm, [taken_us], "metric/rate")))
 
 
 def window_bytes(nbytes: int) -> int:
