@@ -22,8 +22,7 @@ from dtrain.ps.link import Link
 
 _LONG_ENOUGH_S = 0.040
 """Links of clouds let some tens of milliseconds' worth pass at once before they keep to their rate."""
-_MOST_TRIED_BYTES = 4 * 2**20
-_TRIED_AGAIN = 2
+_MOST_TRIED_BYTES = 2**20
 
 
 def learn_part_bytes(comm: Backend, servers: int) -> int:
@@ -33,10 +32,10 @@ def learn_part_bytes(comm: Backend, servers: int) -> int:
     time. It takes some tens of milliseconds.
     """
     nbytes = parts.LEAST_BYTES * servers
-    while (slowest_s := _slowest_s(comm, nbytes)) < _LONG_ENOUGH_S and nbytes < _MOST_TRIED_BYTES:
+    while (slowest_s := _slowest_s(comm, nbytes)) < _LONG_ENOUGH_S and 4 * nbytes <= _MOST_TRIED_BYTES:
         nbytes *= 4
     # Whoever was not given a processor is not a slow link.
-    quicker_s = min(slowest_s, *(_slowest_s(comm, nbytes) for _ in range(_TRIED_AGAIN)))
+    quicker_s = min(slowest_s, _slowest_s(comm, nbytes))
     return min(wire.PART_BYTES, parts.part_bytes(2 * nbytes / quicker_s))
 
 
