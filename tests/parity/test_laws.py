@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain import norm
-from dtrain.comm.base import Backend
+from dtrain.comm.base import Backend, dtype_name
 from dtrain.data import cut
 from dtrain.ps import wire
 from dtrain.replica import replicate
@@ -68,7 +68,7 @@ CASES = {
 }
 
 BITWISE = {
-    f"{str(dtype).removeprefix('torch.')}, {name}": replace(case, dtype=dtype)
+    f"{dtype_name(dtype)}, {name}": replace(case, dtype=dtype)
     for dtype in (torch.float32, torch.float64)
     for name, case in {
         "as it is": Case(model="cnn", shares=(1, 5, 2)),
