@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import socket
 import sys
@@ -59,6 +60,8 @@ class AllReduce:
         self._seconds: dict[str, dist.ProcessGroup] = {}  # for the second messages of sums of halves
         self._halves: dict[str, HalfSum] = {}  # the last of them
         self._watched: list[_Transfer] = []  # whose end somebody wants to know of
+        self._pending: set[_Transfer] = set()
+        self._on_cuda = False
         self._closed = False
         atexit.register(self._at_exit)
         timeout = timedelta(seconds=timeout_s)
@@ -108,7 +111,10 @@ class AllReduce:
             work = start(flat, lane_of(key))
         except RuntimeError as error:
             raise self._explain(error, key) from error
-        return _Transfer(self, work, key)
+        self._on_cuda |= flat.is_cuda
+        transfer = _Transfer(self, work, key)
+        self._pending.add(transfer)
+        return transfer
 
     def _sum(self, flat: Tensor, lane: str) -> dist.Work | HalfSum:
         if flat.dtype in HALVES and self.world_size > 1:
@@ -122,17 +128,31 @@ class AllReduce:
             return
         self._closed = True
         self._say_goodbye(sys.exc_info()[1])
+        self._take_apart()
+
+    def _take_apart(self) -> None:
+        """Give the groups back; their threads have ended then."""
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
             if self._owns_default and dist.is_initialized():
                 dist.destroy_process_group()
             elif not self._owns_default:
                 for group in (*self._groups.values(), *self._seconds.values()):
                     dist.destroy_process_group(group)
-        self._groups, self._seconds = {}, {}
+        self._groups, self._seconds, self._halves = {}, {}, {}
 
     def _at_exit(self) -> None:
-        # No more than this: to take groups apart can block where the other workers are in trouble.
+        """Leave no thread of gloo's that could be the last to hold a tensor.
+
+        Whoever lets go of one takes Python's lock, and a thread that asks for it while Python ends aborts the process
+        (torch 2.13, `c10::TensorImpl::decref_pyobject`). Where nothing is under way the threads end at once, with
+        their groups. Otherwise that could wait for other workers, who may be in trouble: what is under way is kept
+        for ever.
+        """
         self._say_goodbye(getattr(sys, "last_value", None))
+        for transfer in self._pending:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(transfer))
+        if not self._pending and not self._on_cuda:
+            self._take_apart()
 
     def _say_goodbye(self, error: BaseException | None) -> None:
         """Tell the others that this worker has left, and why if an error made it."""
@@ -140,6 +160,10 @@ class AllReduce:
         ended = error is None or isinstance(error, SystemExit)
         reason = "has left" if ended else f"failed with {type(error).__name__}: {error}"
         self._board.note("left", self.rank, reason[:1000])
+
+    def ended(self, transfer: _Transfer) -> None:
+        """It is no longer under way."""
+        self._pending.discard(transfer)
 
     def watch(self, transfer: _Transfer) -> None:
         """Tell of its end when this worker next comes here.
@@ -208,6 +232,7 @@ class _Transfer:
         except RuntimeError as error:
             raise self._comm._explain(error, self._key) from error
         self._work = None
+        self._comm.ended(self)
 
 
 def _first_line(error: BaseException) -> str:

@@ -70,6 +70,7 @@ class HalfSum:
             self._whole = torch.zeros(part * world, dtype=flat.dtype, device=flat.device)
             self._whole[: flat.numel()] = flat
         self._part = PartSum(self._whole, first)
+        self._work: dist.Work | None = None
         self._over = False
 
     def is_completed(self) -> bool:
@@ -82,7 +83,8 @@ class HalfSum:
             self._before.wait()
             self._before = None
         self._part.wait()
-        gather(self._whole, self._second).wait()
+        self._work = gather(self._whole, self._second)  # held here, see AllReduce._at_exit
+        self._work.wait()
         if self._whole is not self._flat:
             self._flat.copy_(self._whole[: self._flat.numel()])
             self._whole = self._flat

@@ -103,7 +103,7 @@ class Job:
                 pytest.fail(f"not over after {took:.1f} s: {left}\n{self.err}")
             time.sleep(0.02)
         took = time.monotonic() - since
-        print(f"TOOK {took:.1f} s")
+        print(f"TOOK {took:.1f} s, ended with {self.process.returncode}\n{self.err}")  # shown where the test fails
         left = [p.name for p in self.temporary.glob("dtrain-*")]
         assert not left, f"left behind: {left}"
         return int(self.process.returncode)

@@ -231,3 +231,43 @@ def test_a_job_that_ends_well_leaves_nothing(folder: Path, backend: str):
     with started(folder, [*victims(backend, folder, 2), "--steps", "4"]) as job:
         assert job.ends(30) == 0
         assert job.alarms == ""
+
+
+THREADS = """
+import atexit, os
+from pathlib import Path
+def threads():
+    return sum("gloo" in Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task"))
+atexit.register(lambda: print("at the end", threads(), flush=True))  # called after dtrain's own
+import torch, dtrain
+comm = dtrain.connect()
+comm.all_reduce(torch.ones(8), "metric/x").wait()
+assert threads()
+"""
+
+UNDER_WAY = """
+import sys, time
+import torch, dtrain
+comm = dtrain.connect()
+sys.setswitchinterval(1000)
+comm.all_reduce(torch.ones(8), "metric/x")
+until = time.perf_counter() + 0.5
+while time.perf_counter() < until:  # whoever wants Python's lock gets it when Python ends
+    pass
+"""
+
+
+def test_no_thread_of_gloo_outlives_python(folder: Path):
+    script = folder / "script.py"
+    script.write_text(THREADS)
+    with started(folder, launch("allreduce", 2, str(script))) as job:
+        assert job.ends(30) == 0
+        assert sorted(job.out.splitlines()) == ["[worker 1] at the end 0", "at the end 0"]
+
+
+def test_python_may_end_while_a_transfer_is_under_way(folder: Path):
+    script = folder / "script.py"
+    script.write_text(UNDER_WAY)
+    with started(folder, launch("allreduce", 4, str(script))) as job:
+        assert job.ends(30) == 0
+        assert job.err == ""
