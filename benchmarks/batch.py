@@ -736,14 +736,20 @@ def _flags() -> argparse.ArgumentParser:
     flags.add_argument("--recipe", nargs="+", choices=RECIPES, help="default: text and fashion")
     flags.add_argument("--fashion-data", metavar="DIR", help="where the files of Fashion-MNIST are")
     flags.add_argument("--text-data", metavar="FILE", help="a text in UTF-8 instead of Python's documentation")
-    flags.add_argument("--batch", type=int, nargs="+", metavar="N", help="global batches (default 16, 32, ... 4096)")
-    flags.add_argument("--accumulate", type=int, nargs="*", metavar="N", help="global batches (default 256 and 1024)")
-    flags.add_argument("--epochs", type=int, help="passes over the data (default 2; 1 with --quick)")
+    flags.add_argument(
+        "--batch", type=common.count, nargs="+", metavar="N", help="global batches (default 16, 32, ... 4096)"
+    )
+    flags.add_argument(
+        "--accumulate", type=common.count, nargs="*", metavar="N", help="global batches (default 256 and 1024)"
+    )
+    flags.add_argument("--epochs", type=common.count, help="passes over the data (default 2; 1 with --quick)")
     flags.add_argument("--scaling", choices=SCALINGS, default="sqrt", help="of the learning rate (default sqrt)")
     flags.add_argument("--seconds-per-case", type=float, metavar="S", help="longest training (default 180)")
     flags.add_argument("--backend", choices=("solo", "threads"), default="solo")
-    flags.add_argument("--workers", type=int, default=1, metavar="N", help="for threads (default 1)")
-    flags.add_argument("--threads", type=int, metavar="N", help="processor threads of torch (default: as torch has it)")
+    flags.add_argument("--workers", type=common.count, default=1, metavar="N", help="for threads (default 1)")
+    flags.add_argument(
+        "--threads", type=common.count, metavar="N", help="processor threads of torch (default: as torch has it)"
+    )
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     return flags
@@ -770,8 +776,6 @@ def _read(flags: argparse.ArgumentParser) -> argparse.Namespace:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     arguments.batch = sorted(set(arguments.batch))
-    if min([*arguments.batch, *arguments.accumulate, arguments.epochs, arguments.workers, arguments.threads or 1]) < 1:
-        flags.error("batches, epochs, workers and threads are 1 or more")
     if any(batch % (MICRO_BATCH * arguments.workers) for batch in arguments.accumulate):
         flags.error(
             f"--accumulate takes multiples of {MICRO_BATCH} samples for each worker: micro-batches are to be full"

@@ -39,6 +39,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     return flags
 
 
+def count(text: str) -> int:
+    """The value of a flag that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: give a whole number, 1 or more")
+    return value
+
+
 def alternate(
     contender: Callable[[], None], baseline: Callable[[], None], *, rounds: int, steps: int, warmup: int = 2
 ) -> tuple[list[float], list[float]]:

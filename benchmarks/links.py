@@ -229,12 +229,12 @@ def show(rows: Sequence[common.Row]) -> str:
 
 def main() -> None:
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--workers", type=int, nargs="+", metavar="N")
+    flags.add_argument("--workers", type=common.count, nargs="+", metavar="N")
     flags.add_argument("--rate", nargs="+", help="payload of TCP each way: 200mbit, 1gbit")
     flags.add_argument("--mb", type=float, nargs="+", help="size of the gradient in 10^6 bytes")
-    flags.add_argument("--servers", type=int, nargs="*", metavar="K", help="apart (default: 1, 2, 4, and N)")
+    flags.add_argument("--servers", type=common.count, nargs="*", metavar="K", help="apart (default: 1, 2, 4, and N)")
     flags.add_argument("--not-together", action="store_true", help="without a server beside each worker")
-    flags.add_argument("--rounds", type=int)
+    flags.add_argument("--rounds", type=common.count)
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     flags.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # this process is a worker
     arguments = flags.parse_args()

@@ -277,14 +277,14 @@ def show(rows: Sequence[common.Row]) -> str:
 
 def main() -> None:
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--workers", type=int, nargs="+", metavar="N")
+    flags.add_argument("--workers", type=common.count, nargs="+", metavar="N")
     flags.add_argument("--rate", nargs="+", help="payload of TCP each way: 25mbit, 1gbit")
     flags.add_argument("--mb", type=float, help="size of the model in 10^6 bytes (default: 4)")
     flags.add_argument("--compute", type=float, nargs="+", help="times of computing (default: 1)")
-    flags.add_argument("--buckets", type=int, default=16, help="that gradients travel in (default: 16)")
+    flags.add_argument("--buckets", type=common.count, default=16, help="that gradients travel in (default: 16)")
     flags.add_argument("--only", nargs="+", choices=[*RINGS, *SERVERS], default=[*RINGS, *SERVERS], metavar="WAY")
-    flags.add_argument("--rounds", type=int)
-    flags.add_argument("--steps", type=int, help="in a round (default: 4)")
+    flags.add_argument("--rounds", type=common.count)
+    flags.add_argument("--steps", type=common.count, help="in a round (default: 4)")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     flags.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # this process is a worker
     arguments = flags.parse_args()

@@ -223,9 +223,9 @@ def logged(comm: dtrain.Backend, case: Case, folder: str) -> dict[str, tuple[flo
 
 def main() -> None:
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--workers", type=int, default=2)
+    flags.add_argument("--workers", type=common.count, default=2)
     flags.add_argument("--case", default="", help="only cases whose name contains this")
-    flags.add_argument("--repeats", type=int, help="times in new processes (default 2, with --quick 1)")
+    flags.add_argument("--repeats", type=common.count, help="times in new processes (default 2, with --quick 1)")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()
     cases = [case for case in (QUICK if arguments.quick else CASES) if arguments.case in case.name]

@@ -170,10 +170,10 @@ def show(rows: list[common.Row]) -> str:
 
 def _arguments() -> argparse.Namespace:
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--workers", type=int, default=2)
+    flags.add_argument("--workers", type=common.count, default=2)
     flags.add_argument("--case", default="", metavar="WORD", help="only cases whose name contains this")
     flags.add_argument("--backend", nargs="*", choices=("ps", "allreduce"), help="default: ps allreduce")
-    flags.add_argument("--repeats", type=int, help="times in new processes (default 2, with --quick 1)")
+    flags.add_argument("--repeats", type=common.count, help="times in new processes (default 2, with --quick 1)")
     arguments = flags.parse_args()
     arguments.cases = [case for case in (QUICK if arguments.quick else CASES) if arguments.case in case.name]
     if not arguments.cases:

@@ -252,7 +252,7 @@ def main() -> None:
     names = ", ".join(kind.name for kind in KINDS)
     flags.add_argument("--kind", nargs="*", default=[""], metavar="WORD", help=f"only kinds with it in {names}")
     flags.add_argument("--workers", type=int, default=2, help="of the synchronised layer; 0 leaves that part out")
-    flags.add_argument("--rounds", type=int, help="turns of each (default 15, with --quick 5)")
+    flags.add_argument("--rounds", type=common.count, help="turns of each (default 15, with --quick 5)")
     arguments = flags.parse_args()
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"

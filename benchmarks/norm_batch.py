@@ -294,10 +294,10 @@ def _flags() -> argparse.ArgumentParser:
         help="whose data (default: fashion, else digits)",
     )
     flags.add_argument("--data", metavar="DIR", help="where the files of Fashion-MNIST are")
-    flags.add_argument("--norm-batch", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N")
-    flags.add_argument("--seeds", type=int, default=3)
-    flags.add_argument("--samples", type=int, default=8192, help="training images (default 8192)")
-    flags.add_argument("--epochs", type=int, help="default 4 for fashion, 12 for digits")
+    flags.add_argument("--norm-batch", type=common.count, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N")
+    flags.add_argument("--seeds", type=common.count, default=3)
+    flags.add_argument("--samples", type=common.count, default=8192, help="training images (default 8192)")
+    flags.add_argument("--epochs", type=common.count, help="default 4 for fashion, 12 for digits")
     flags.add_argument("--picture", type=Path, metavar="FILE", help="draw it, .png or .svg; needs matplotlib")
     return flags
 

@@ -212,7 +212,7 @@ def show(rows: list[common.Row]) -> str:
 
 def main() -> None:
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--workers", type=int, nargs="+", default=[4, 8])
+    flags.add_argument("--workers", type=common.count, nargs="+", default=[4, 8])
     flags.add_argument("--case", default="", help="only cases whose name contains this")
     flags.add_argument("--profiles", type=Path, metavar="DIR", help="keep probes there, and take them from there")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)

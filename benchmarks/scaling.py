@@ -366,11 +366,15 @@ def _curves(axis: Any, rows: Sequence[common.Row], name: str) -> None:
 def _flags() -> argparse.ArgumentParser:
     flags = common.parser(__doc__ or "")
     flags.add_argument("--case", default="mlp", help="the model: the first of predict.py whose name contains this")
-    flags.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="1 is always there")
+    flags.add_argument(
+        "--workers", type=common.count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="1 is always there"
+    )
     flags.add_argument("--rate", help="payload of TCP each way: 100mbit, 1gbit (default: the case's in predict.py)")
     flags.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    flags.add_argument("--batch", type=int, help="weak: samples of each worker (default: the case's in predict.py)")
-    flags.add_argument("--global-batch", type=int, help="strong: samples of all workers (default: see above)")
+    flags.add_argument(
+        "--batch", type=common.count, help="weak: samples of each worker (default: the case's in predict.py)"
+    )
+    flags.add_argument("--global-batch", type=common.count, help="strong: samples of all workers (default: see above)")
     flags.add_argument("--profiles", type=Path, metavar="DIR", help="keep the probe there, and take it from there")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     return flags
@@ -383,8 +387,6 @@ def chosen(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Cas
         flags.error(f"--case {arguments.case}: it is one of {', '.join(case.name for case in CASES)}")
     if arguments.quick:
         arguments.workers, arguments.backends = [1, 2], ["allreduce"]
-    if min(arguments.workers) < 1 or (arguments.batch is not None and arguments.batch < 1):
-        flags.error("--workers and --batch: give 1 or more")
     arguments.workers = sorted({1, *arguments.workers})
     arguments.backends = [name for name in BACKENDS if name in arguments.backends]
     if arguments.batch not in (None, case.batch):  # with a name of its own, as probes are kept by name
@@ -397,7 +399,7 @@ def chosen(flags: argparse.ArgumentParser, arguments: argparse.Namespace) -> Cas
         case = dataclasses.replace(case, rate=arguments.rate)
     if arguments.global_batch is None:
         arguments.global_batch = divisible(arguments.workers, case.batch)
-    if arguments.global_batch < 1 or any(arguments.global_batch % n for n in arguments.workers):
+    if any(arguments.global_batch % n for n in arguments.workers):
         counts = ", ".join(map(str, arguments.workers))
         flags.error(f"--global-batch {arguments.global_batch}: give a multiple of each of {counts}, for equal shares")
     return case

@@ -264,15 +264,17 @@ def _run(
 
 def main() -> None:
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--workers", type=int, default=2)
+    flags.add_argument("--workers", type=common.count, default=2)
     flags.add_argument("--contender", choices=CONTENDERS, default="allreduce")
-    flags.add_argument("--servers", type=int, default=1, help="for ps and server")
+    flags.add_argument("--servers", type=common.count, default=1, help="for ps and server")
     flags.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd"])
     flags.add_argument("--case", default="", help="only cases whose name contains this")
     flags.add_argument(
         "--peers", choices=peers.NAMES, nargs="*", default=[*peers.NAMES], help="beside DDP (default: all)"
     )
-    flags.add_argument("--repeats", type=int, metavar="N", help="jobs of each case (default: 2 to 6, by the case)")
+    flags.add_argument(
+        "--repeats", type=common.count, metavar="N", help="jobs of each case (default: 2 to 6, by the case)"
+    )
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()

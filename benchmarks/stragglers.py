@@ -140,14 +140,14 @@ def _dropped(replica: dtrain.Replica) -> int:
 
 def main() -> None:
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--workers", type=int, default=4)
+    flags.add_argument("--workers", type=common.count, default=4)
     flags.add_argument("--factor", type=float, default=4.0, help="how much longer the slow worker's step is")
     flags.add_argument("--step-ms", type=float, default=100.0, help="time of the others' step")
     flags.add_argument("--loss", type=float, default=0.3, help="the loss to be reached")
     flags.add_argument("--limit-s", type=float, default=25.0, help="longest time of a run")
-    flags.add_argument("--seeds", type=int, default=3)
+    flags.add_argument("--seeds", type=common.count, default=3)
     flags.add_argument("--lr", type=float, default=0.5)
-    flags.add_argument("--batch", type=int, default=16, help="samples of a worker's step")
+    flags.add_argument("--batch", type=common.count, default=16, help="samples of a worker's step")
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     arguments = flags.parse_args()
     if arguments.quick:

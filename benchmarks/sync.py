@@ -490,16 +490,9 @@ def _size(nbytes: int) -> str:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: give a whole number, 1 or more")
-    return value
-
-
 def _flags() -> argparse.ArgumentParser:
     flags = common.parser(__doc__ or "")
-    number = {"type": _at_least_one, "metavar": "N"}
+    number = {"type": common.count, "metavar": "N"}
     several = {**number, "nargs": "+"}
     flags.add_argument("--numel", **several, help="float32 numbers in the gradient (default 256 26214400)")
     flags.add_argument("--workers", **several, help="how many workers (default 2 4)")
