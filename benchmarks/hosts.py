@@ -524,7 +524,7 @@ def main() -> None:
     import common
 
     flags = common.parser(__doc__ or "")
-    flags.add_argument("--hosts", type=common.count, default=4)
+    flags.add_argument("--hosts", type=int, default=4)
     flags.add_argument("--rate", nargs="+", default=["200mbit"], help="payload of TCP, each way")
     arguments = flags.parse_args()
     if arguments.hosts < 2:

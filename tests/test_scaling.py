@@ -202,8 +202,10 @@ def test_the_global_batch_by_default_gives_equal_shares(counts, batch, expected)
     [
         (["--case", "vgg"], "it is one of mlp"),
         (["--workers", "0"], "give a whole number, 1 or more"),
+        (["--batch", "0"], "give a whole number, 1 or more"),
         (["--rate", "fast"], "give bits a second"),
         (["--global-batch", "12"], "give a multiple of each of 1, 2, 4, 8"),
+        (["--global-batch", "0"], "give a whole number, 1 or more"),
     ],
 )
 def test_flags_that_cannot_be_meant(words, complaint, capsys):

@@ -60,7 +60,7 @@ class AllReduce:
         self._seconds: dict[str, dist.ProcessGroup] = {}  # for the second messages of sums of halves
         self._halves: dict[str, HalfSum] = {}  # the last of them
         self._watched: list[_Transfer] = []  # whose end somebody wants to know of
-        self._pending: set[_Transfer] = set()
+        self._pending: set[_Transfer] = set()  # begun, and not waited for
         self._on_cuda = False
         self._closed = False
         atexit.register(self._at_exit)
@@ -161,10 +161,6 @@ class AllReduce:
         reason = "has left" if ended else f"failed with {type(error).__name__}: {error}"
         self._board.note("left", self.rank, reason[:1000])
 
-    def ended(self, transfer: _Transfer) -> None:
-        """It is no longer under way."""
-        self._pending.discard(transfer)
-
     def watch(self, transfer: _Transfer) -> None:
         """Tell of its end when this worker next comes here.
 
@@ -232,7 +228,7 @@ class _Transfer:
         except RuntimeError as error:
             raise self._comm._explain(error, self._key) from error
         self._work = None
-        self._comm.ended(self)
+        self._comm._pending.discard(self)
 
 
 def _first_line(error: BaseException) -> str:

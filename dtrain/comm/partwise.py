@@ -85,6 +85,7 @@ class HalfSum:
         self._part.wait()
         self._work = gather(self._whole, self._second)  # held here, see AllReduce._at_exit
         self._work.wait()
+        self._work = None
         if self._whole is not self._flat:
             self._flat.copy_(self._whole[: self._flat.numel()])
             self._whole = self._flat
