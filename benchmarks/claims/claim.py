@@ -265,11 +265,13 @@ def _say(text: str) -> None:
 def flags(claim: Claim) -> argparse.ArgumentParser:
     text = f"{claim.number}. {claim.title}\n{claim.source}\n\n{claim.about.strip()}"
     found = common.parser(text)
-    found.add_argument("--seeds", type=int, default=claim.seeds, metavar="N", help=f"default {claim.seeds}")
+    found.add_argument("--seeds", type=common.count, default=claim.seeds, metavar="N", help=f"default {claim.seeds}")
     found.add_argument("--first-seed", type=int, default=FIRST_SEED, metavar="N", help=f"default {FIRST_SEED}")
     found.add_argument("--backend", choices=("solo", "threads", "ps", "allreduce"), default=claim.place.backend)
-    found.add_argument("--workers", type=int, metavar="N", help="of the backend; 1 for solo")
-    found.add_argument("--jobs", type=int, metavar="N", help="runs at a time, one thread each (default: cores)")
+    found.add_argument("--workers", type=common.count, metavar="N", help="of the backend; 1 for solo")
+    found.add_argument(
+        "--jobs", type=common.count, metavar="N", help="runs at a time, one thread each (default: cores)"
+    )
     found.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     found.add_argument("--from", type=Path, dest="record", metavar="FILE", help="judge and draw this record again")
     return found
@@ -283,8 +285,6 @@ def _read(claim: Claim, given: Sequence[str] | None) -> argparse.Namespace:
     if arguments.jobs is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         arguments.jobs = max(1, cores // arguments.workers) if arguments.backend in ("ps", "allreduce") else cores
-    if min(arguments.seeds, arguments.workers, arguments.jobs) < 1:
-        found.error("seeds, workers and jobs are 1 or more")
     return arguments
 
 
