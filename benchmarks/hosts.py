@@ -55,9 +55,10 @@ _TOOLS = ("ip", "tc", "unshare", "nsenter", "mount", "hostname")
 _NAMESPACES = ("--net", "--pid", "--mount", "--uts", "--ipc")
 _HOLD = "trap '' CHLD; echo ready; exec cat"  # ends when its stdin closes; as process 1, it keeps no dead children
 _READY_S = 10.0
-_FEWER_PACKETS = "echo 16 2>/dev/null > /proc/sys/net/ipv4/tcp_min_tso_segs"
-"""A slow connection hands its data on in pieces of two frames, each of which costs the processors as much as a large
-one: links of some hundred Mbit/s would wait for them. Where it is not permitted, it stays so."""
+_TCP = {"tcp_min_tso_segs": "16", "tcp_congestion_control": "cubic"}
+"""Settings of each host. A slow connection hands its data on in pieces of two frames, each of which costs the
+processors as much as a large one: links of some hundred Mbit/s would wait for them. Congestion control is Linux's
+default, whatever this machine prefers. Where it is not permitted, it stays so."""
 
 
 class HostsError(Exception):
@@ -188,7 +189,8 @@ class Hosts:
         known = [f"{self.address(host)} {self.name(host)}" for host in range(_MOST)]
         write = f"printf '%s\\n' '127.0.0.1 localhost' {' '.join(map(shlex.quote, known))} > /dev/shm/names"
         names = f"{write} && mount --bind /dev/shm/names /etc/hosts && rm /dev/shm/names"
-        private = f"mount -t tmpfs tmpfs /dev/shm && {names} && hostname {self.name(number)} && {_FEWER_PACKETS}; "
+        tcp = "; ".join(f"echo {value} 2>/dev/null > /proc/sys/net/ipv4/{name}" for name, value in _TCP.items())
+        private = f"mount -t tmpfs tmpfs /dev/shm && {names} && hostname {self.name(number)} && {tcp}; "
         unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", private + _HOLD]
         holder = self._hold([*self._enter(self._switch.pid, "--net"), *unshare])
         pid = _child(holder.pid)
@@ -308,7 +310,8 @@ class Hosts:
         catch_up = max(2 * burst, math.ceil(wire * _CATCH_UP_S))
         queue = max(262144, math.ceil(wire * _QUEUE_S))
         text = f"rate {wire * 8:.0f}bit burst {catch_up} peakrate {wire * 8 * _PEAK:.0f}bit mtu {burst} limit {queue}"
-        return text, min(65536, burst - 1024)  # with the headers of its frames, still within the burst
+        # With the headers of all its frames within the burst, or tbf would cut it into frames, each with its own cost.
+        return text, min(65536, int((burst - 1024) / _WIRE))
 
     def _enter(self, pid: int, *namespaces: str) -> list[str]:
         user = ("--user", "--preserve-credentials") if self.user_namespace else ()

@@ -102,6 +102,18 @@ def test_a_link_carries_its_rate_and_no_more_each_way():
 
 
 @on_hosts
+@pytest.mark.parametrize("rate", ["50mbit", "200mbit", "1gbit"])
+def test_packets_travel_uncut(rate):
+    """A frame costs the processors as much as a packet of many, so links would have to wait for them."""
+    with emulated.hosts(2, rate=rate) as h:
+        h.throughput([(0, 1)], seconds=0.3)
+        report = h.run(0, ["cat", "/proc/net/dev"])
+    numbers = next(line for line in report.splitlines() if "eth0" in line).split(":")[1].split()
+    sent_bytes, sent_packets = int(numbers[8]), int(numbers[9])
+    assert sent_bytes / sent_packets > 4 * 1514
+
+
+@on_hosts
 def test_a_failure_names_the_process_and_ends_the_others():
     with emulated.hosts(2, rate="1gbit") as h:
         waits = h.start(0, ["sleep", "60"])
