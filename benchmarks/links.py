@@ -143,6 +143,7 @@ def measure(
         with h.watch() as use:
             found = _job(h, Path(folder), workers, numels, wirings, rounds)
         carried = statistics.fmean(h.throughput([(i, (i + 1) % workers) for i in range(workers)], seconds=2.0))
+        congestion = h.congestion_control()
         for index, numel in enumerate(numels):
             slowest = {
                 name: [max(times) for times in zip(*(worker[index][name] for worker in found), strict=True)]
@@ -165,6 +166,7 @@ def measure(
                     "ratio": statistics.median(g / t for g, t in zip(slowest["gloo"], times, strict=True)),
                     "rounds": len(times),
                     "carried": carried / h.rate_bytes_per_s,
+                    "congestion": congestion,
                     **use.figures(),
                 }
 
