@@ -45,7 +45,8 @@ from typing import IO, Any, Literal
 import psutil
 from watching import SAMPLE_S, Use, look
 
-_WIRE = 1514 / 1448  # bytes of an Ethernet frame over those of TCP's payload in it, with time stamps
+_PAYLOAD = 1448  # bytes of TCP's, with time stamps, in an Ethernet frame
+_WIRE = 1514 / _PAYLOAD
 _PEAK = 1.03
 _BURST_S = 0.002
 _CATCH_UP_S = 0.030
@@ -201,13 +202,13 @@ class Hosts:
         self._do(
             self._enter(self._switch.pid, "--net"),
             f"ip link add port{number} type veth peer name eth0 netns {pid}",
-            f"ip link set port{number} master switch gso_max_size {gso} up",
+            f"ip link set port{number} master switch {gso} up",
             f"tc qdisc add dev port{number} root tbf {rate}",
         )
         self._do(
             self._enter(pid, "--net"),
             f"ip addr add {self.address(number)}/24 dev eth0",
-            f"ip link set eth0 gso_max_size {gso} up",
+            f"ip link set eth0 {gso} up",
             "ip link set lo up",
             f"tc qdisc add dev eth0 root tbf {rate}",
         )
@@ -310,15 +311,16 @@ class Hosts:
         for process in self._processes:
             process.forget()
 
-    def _shaping(self) -> tuple[str, int]:
-        """Arguments of tbf, and the largest packet that TCP may hand it before it is cut into frames."""
+    def _shaping(self) -> tuple[str, str]:
+        """Arguments of tbf, and of the largest packet that TCP may hand it before it is cut into frames."""
         wire = self.rate_bytes_per_s * _WIRE
         burst = max(16384, math.ceil(wire * _BURST_S))
         catch_up = max(2 * burst, math.ceil(wire * _CATCH_UP_S))
         queue = max(262144, math.ceil(wire * _QUEUE_S))
         text = f"rate {wire * 8:.0f}bit burst {catch_up} peakrate {wire * 8 * _PEAK:.0f}bit mtu {burst} limit {queue}"
         # With the headers of all its frames within the burst, or tbf would cut it into frames, each with its own cost.
-        return text, min(65536, int((burst - 1024) / _WIRE))
+        largest = min(65536, int((burst - 1024) / _WIRE))
+        return text, f"gso_max_size {largest} gso_max_segs {largest // _PAYLOAD}"
 
     def _enter(self, pid: int, *namespaces: str) -> list[str]:
         user = ("--user", "--preserve-credentials") if self.user_namespace else ()
