@@ -26,6 +26,7 @@ from dtrain.comm.hosts import HostedBucket, ServerUpdate
 from dtrain.errors import CommError, ConnectError, Preempted, ProtocolError, Rewound, UsageError
 from dtrain.ps import board, sockets, spans, wire
 from dtrain.ps import lanes as lanes_
+from dtrain.ps.bells import Bells
 from dtrain.ps.hosting import Hosting
 from dtrain.ps.link import Joining, Link, copy_into
 from dtrain.ps.memory import Buffers, Common, Place, Staging, bytes_as, size_class
@@ -119,7 +120,7 @@ class ParameterServer:
         self.links: list[Link] = []
         self.outboxes: list[Outbox] = []
         """What waits to be sent, by server."""
-        self._pump: Pump | None = None
+        self._pump: Pump[Link] | None = None
         self._part_bytes = wire.PART_BYTES  # of a tensor that travels over a network
         self._board: board.Board | None = None
         self.epoch = 0
@@ -217,11 +218,12 @@ class ParameterServer:
         found = False
         while True:
             self._push_device_copies()
-            came = [link.receive() for link in self.links]
-            found = found or any(came)
-            fed = [box.feed() for box in self.outboxes]
-            if not any(fed):
+            unread = [pair for pair in zip(self.links, self.outboxes, strict=True) if pair[0].unread]
+            if not unread:
                 return found
+            for link, box in unread:
+                found = link.receive() or found
+                box.feed()
 
     def shared_bytes(self, nbytes: int) -> Tensor | None:
         """New shared memory that all servers have mapped; None where there is none."""
@@ -440,7 +442,8 @@ class ParameterServer:
             for number, piece in enumerate(pieces):
                 send = functools.partial(link.ask, wire.Add, key, call, number, dtype)
                 box.put(piece.nbytes, window, functools.partial(send, take=_Into(piece, transfer), payload=piece))
-            box.feed()
+        while sum(box.feed(most=1) for box in self.outboxes):
+            pass  # the first part to each server, then the second: a server has a part sooner from all workers
         self.traffic.count(key, flat.nbytes, flat.nbytes)
 
     def _start_from_device(self, flat: Tensor, key: str, call: int, transfer: _Transfer) -> None:
@@ -508,12 +511,10 @@ class ParameterServer:
 
     def _join_once(self, deadline: float) -> None:
         self._context = zmq.Context(io_threads=min(4, len(self.addresses)))
-        self._poller = zmq.Poller()
         for server, address in enumerate(self.addresses):
             next_epoch = self.epoch + 1 if self._mended else 0
             self.links.append(link := Link(self._context, address, server, self._joining, rewinds_to=next_epoch))
-            self._poller.register(link.socket, zmq.POLLIN)
-            self._poller.register(link.watch.monitor, zmq.POLLIN)
+        self._bells = _bells(self.links, self.links)
         for link in self.links:
             link.say_hello(self.epoch)
         while not all(link.welcome for link in self.links):
@@ -537,12 +538,12 @@ class ParameterServer:
         self._share_with_all_or_none()
         self._set_up_board()
         self._part_bytes = wire.PART_BYTES
-        watched = [link.watch.monitor for link in self.links if link.over_network]
+        watched = [link for link in self.links if link.over_network]
         if any(link.far and not link.shares for link in self.links):
             self._part_bytes = learn_part_bytes(self, len(self.links))
-            self._pump = Pump(self.lock, [*watched, *(link.socket for link in self.links)], self._take_and_notice)
+            self._pump = Pump(self.lock, _bells(self.links, watched), self._pump_in)
         elif watched:
-            self._pump = Pump(self.lock, watched, self._notice)
+            self._pump = Pump(self.lock, _bells([], watched), self._notice)
         self._calls.clear()
         self.traffic.sent.clear()
         self.traffic.received.clear()
@@ -553,22 +554,30 @@ class ParameterServer:
         if left_s <= 0:
             return False
         wait_s = 0.0005 if self._device_copies else min(left_s, 0.5)
-        ready = dict(self._poller.poll(int(wait_s * 1000) + 1))
-        if any(link.socket in ready for link in self.links):
+        rung = self._bells.wait(wait_s)
+        for link in rung:
+            if link is not None:
+                link.unread = True
+        if any(rung):
             return True
         now = time.monotonic()
         for link in self.links:
             link.look(now, what)
         return True
 
-    def _notice(self) -> None:
+    def _notice(self, rung: Sequence[Link | None]) -> None:
         """A server has to hear of a new connection while the program computes."""
         now = time.monotonic()
-        for link in self.links:
-            link.notice(now)
+        if not all(rung) or not rung:
+            for link in self.links:
+                link.notice(now)
 
-    def _take_and_notice(self) -> None:
-        self._notice()
+    def _pump_in(self, rung: Sequence[Link | None]) -> None:
+        """The same, and answers are taken as they come."""
+        self._notice(rung)
+        for link in rung or self.links:
+            if link is not None:
+                link.unread = True
         self.take_what_came()
 
     def _free_unused(self) -> None:
@@ -601,6 +610,17 @@ class ParameterServer:
             link.close(bye)
         if context is not None:
             context.term()
+
+
+def _bells(heard: Sequence[Link], watched: Sequence[Link]) -> Bells[Link | None]:
+    """For links that are heard it rings with their name, when something has come; for those that are watched with none,
+    when something has become of their connection."""
+    bells: Bells[Link | None] = Bells()
+    for link in heard:
+        bells.add(link.socket, link)
+    for link in watched:
+        bells.add(link.watch.monitor, None)
+    return bells
 
 
 class _Answered:

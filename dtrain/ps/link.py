@@ -97,6 +97,8 @@ class Link:
         """Whether the connection may break and come again."""
         self.far = sockets.is_far(address)
         """Whether it leads to another host, so that little should be under way at a time."""
+        self.unread = True
+        """Whether something may have come that `receive` has not taken: it was rung for, or has sent since."""
         self.unanswered_bytes = 0
         """Payloads of what was asked and is not answered."""
         self._asked: dict[int, _Asked] = {}
@@ -189,6 +191,8 @@ class Link:
 
     def unanswered_of(self, first: int) -> int:
         """Of `unanswered_bytes`, those of so many first requests."""
+        if first <= self.low:
+            return 0
         earlier = itertools.takewhile(lambda seq: seq < first, self._asked)
         payloads = (self._asked[seq].payload for seq in earlier)
         return sum(len(payload) for payload in payloads if payload is not None)
@@ -221,6 +225,7 @@ class Link:
         self._put(message, data)
 
     def _put(self, message: Message, payload: memoryview | None) -> None:
+        self.unread = True
         sockets.say(self.socket, self._name, message, payload)  # where it cannot, `look` finds that the server is gone
 
     def _put_again(self) -> None:
@@ -253,6 +258,7 @@ class Link:
                 self._put_again()
             except ProtocolError as error:
                 self.fail(error if error is self._failure else ProtocolError(f"{self._who} sent {error}"))
+        self.unread = False
         return found
 
     def notice(self, now: float) -> None:
@@ -300,6 +306,7 @@ class Link:
     def fail(self, error: DtrainError) -> None:
         """Remember what has ended this connection, and raise it."""
         self._failure = error
+        self.unread = True  # whoever takes what came next is to hear of it
         raise error
 
     def _handle(self, frames: list[zmq.Frame]) -> None:

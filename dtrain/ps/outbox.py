@@ -8,6 +8,7 @@ answered: nobody gets ahead of the slowest by more than a window, and queues in 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -92,16 +93,17 @@ class Outbox:
         """
         self._waiting = deque(sorted(self._waiting, key=lambda parcel: -parcel.haste))
         self._before = self._link.made
+        self.feed()
 
-    def feed(self) -> bool:
-        """Send what may be sent now; whether there was anything."""
-        found = False
-        while self._waiting and self._link.has_credit:
+    def feed(self, most: int = sys.maxsize) -> bool:
+        """Send what may be sent now, of so many `put` at most; whether there was anything."""
+        found = 0
+        while found < most and self._waiting and self._link.has_credit:
             parcel = self._waiting[0]
             under_way = self._link.unanswered_bytes - self._link.unanswered_of(self._before)
             if parcel.window_bytes and under_way and under_way + parcel.nbytes > parcel.window_bytes:
                 break
             self._waiting.popleft()
             parcel.send()
-            found = True
-        return found
+            found += 1
+        return found > 0

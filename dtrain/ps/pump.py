@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import threading
-from collections.abc import Callable, Sequence
-
-import zmq
+from collections.abc import Callable
+from typing import Generic
 
 from dtrain.errors import DtrainError
+from dtrain.ps.bells import Bells, Whose
 
 log = logging.getLogger(__name__)
 
@@ -18,21 +17,27 @@ _LOOK_S = 0.25
 """It looks by itself that often, whatever libzmq says."""
 
 
-class Pump:
+class Pump(Generic[Whose]):
     """Calls `take` under the lock when something has come. A program that waits holds the lock and takes by itself."""
 
-    def __init__(self, lock: threading.RLock, sockets: Sequence[zmq.Socket[bytes]], take: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        lock: threading.RLock,
+        bells: Bells[Whose | None],
+        take: Callable[[list[Whose | None]], object],
+    ) -> None:
         """
         Args:
             lock: that keeps others from the sockets.
+            bells: of the sockets.
+            take: is told whose bells rang; nobody's where it is time to look at all.
         """
         self._lock = lock
         self._take = take
         self._stopped = threading.Event()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._poll = select.poll()
-        for fd in (self._wake_read, *(int(socket.getsockopt(zmq.FD)) for socket in sockets)):
-            self._poll.register(fd, select.POLLIN)
+        self._bells = bells
+        bells.add(self._wake_read, None)
         self._thread = threading.Thread(target=self._run, name="dtrain-pump", daemon=True)
         self._thread.start()
 
@@ -46,14 +51,14 @@ class Pump:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            self._poll.poll(int(_LOOK_S * 1000))
+            rung = self._bells.wait(_LOOK_S)
             while not self._stopped.is_set():
                 if self._lock.acquire(timeout=0.1):
                     break
             else:
                 return
             try:
-                self._take()
+                self._take(rung)
             except DtrainError:
                 return  # the link remembers it, and tells the program when it next looks
             except Exception:

@@ -37,6 +37,9 @@ ZERO_COPY_BYTES = 256 * 2**10
 """From this size on a payload is handed over as it lies: what libzmq and Python then have to tell each other, through a
 thread, costs as much as to copy that much."""
 
+_POLLIN, _LAST, _MORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+"""As numbers: to combine zmq's enums takes as long as to ask libzmq something."""
+
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _FAILED
 
@@ -85,12 +88,12 @@ def say(socket: zmq.Socket[bytes], name: bytes, message: Message, payload: memor
     False if it cannot be sent, now or later: what came was not ZeroMQ's protocol, and libzmq has ended the connection.
     """
     try:
-        socket.send(name, zmq.SNDMORE | zmq.NOBLOCK)
+        socket.send(name, _MORE)
         if payload is None:
-            socket.send(encode(message), zmq.NOBLOCK)
+            socket.send(encode(message), _LAST)
         else:
-            socket.send(encode(message), zmq.SNDMORE | zmq.NOBLOCK)
-            socket.send(payload, zmq.NOBLOCK, copy=len(payload) < ZERO_COPY_BYTES)
+            socket.send(encode(message), _MORE)
+            socket.send(payload, _LAST, copy=len(payload) < ZERO_COPY_BYTES)
     except zmq.Again:
         return False
     return True
@@ -98,7 +101,7 @@ def say(socket: zmq.Socket[bytes], name: bytes, message: Message, payload: memor
 
 def has_one(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message has come. To ask costs a third of what it costs to receive nothing."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
 
 def check_address(address: str, *, insecure_no_encryption: bool = False) -> str:
