@@ -16,9 +16,8 @@ long as its slowest worker.
 Bounds, for n workers, a gradient of M bytes and links of B bytes a second each way, with nothing but the links:
 ring 2(n-1)/n M/B (Patarasuk and Yuan 2009); K servers apart max(1, n/K) M/B, results travelling while gradients still
 come in; a server beside each worker 2(n-1)/n M/B (Jiang et al., OSDI 2020, section 2). "of bound" is the bound over the
-median: 100 % is perfect. All hosts share this machine's processors, which the kernel needs for every byte: two cores
-carry some 150 MB/s in all. Where they were busy, it is they that are measured and not the links: the line above the
-table says so.
+median: 100 % is perfect. All hosts share this machine's processors, which every message needs. Where they
+were busy, it is they that are measured and not the links: the line above the table says so.
 """
 
 from __future__ import annotations
