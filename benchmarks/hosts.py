@@ -95,19 +95,23 @@ def available() -> str | None:
 
 
 @contextlib.contextmanager
-def hosts(count: int, *, rate: str, user_namespace: bool | None = None) -> Iterator[Hosts]:
+def hosts(
+    count: int, *, rate: str, user_namespace: bool | None = None, tcp: Mapping[str, str] | None = None
+) -> Iterator[Hosts]:
     """So many hosts, with links of that rate each way; gone, with all that runs on them, at the end.
 
     Args:
         rate: payload of TCP in bits a second, `200mbit`, or bytes, `25MB/s`.
         user_namespace: do it without root's powers. Default: where this process is not root.
+        tcp: settings of all hosts, by their names in net.ipv4: `{"tcp_slow_start_after_idle": "0"}`.
 
     Raises:
         HostsError: the system does not let us; says what it said.
     """
     if not 1 <= count <= _MOST:
         raise ValueError(f"count is {count}: give 1 to {_MOST} hosts")
-    made = Hosts(bytes_per_s(rate), user_namespace=os.geteuid() != 0 if user_namespace is None else user_namespace)
+    unprivileged = os.geteuid() != 0 if user_namespace is None else user_namespace
+    made = Hosts(bytes_per_s(rate), user_namespace=unprivileged, tcp=tcp or {})
     try:
         for _ in range(count):
             made.add()
@@ -157,8 +161,9 @@ class Process:
 class Hosts:
     """Hosts, numbered from 0, and what runs on them. Made by `hosts`."""
 
-    def __init__(self, rate_bytes_per_s: float, *, user_namespace: bool) -> None:
+    def __init__(self, rate_bytes_per_s: float, *, user_namespace: bool, tcp: Mapping[str, str]) -> None:
         self.rate_bytes_per_s = rate_bytes_per_s
+        self._tcp = tcp
         self.user_namespace = user_namespace
         self._holders: list[subprocess.Popen[bytes]] = []
         self._pids: list[int] = []  # of process 1 on each host, as seen from here
@@ -211,6 +216,7 @@ class Hosts:
             f"ip link set eth0 {gso} up",
             "ip link set lo up",
             f"tc qdisc add dev eth0 root tbf {rate}",
+            *(f"echo {shlex.quote(value)} > {_IPV4}/{shlex.quote(name)}" for name, value in self._tcp.items()),
         )
         self._pids.append(pid)
 

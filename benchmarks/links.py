@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,11 @@ def _measure(
 
 
 def measure(
-    workers: int, rate: str, numels: Sequence[int], wirings: Sequence[Wiring], rounds: int
+    workers: int, rate: str, numels: Sequence[int], wirings: Sequence[Wiring], rounds: int, tcp: Mapping[str, str]
 ) -> Iterator[common.Row]:
     """Rows for one number of workers and one rate."""
     count = max([workers, *(workers + w.servers for w in wirings if w.placement == "apart")])
-    with hosts(count, rate=rate) as h, tempfile.TemporaryDirectory() as folder:
+    with hosts(count, rate=rate, tcp=tcp) as h, tempfile.TemporaryDirectory() as folder:
         with h.watch() as use:
             found = _job(h, Path(folder), workers, numels, wirings, rounds)
         carried = statistics.fmean(h.throughput([(i, (i + 1) % workers) for i in range(workers)], seconds=2.0))
@@ -236,6 +236,14 @@ def main() -> None:
     flags.add_argument("--servers", type=common.count, nargs="*", metavar="K", help="apart (default: 1, 2, 4, and N)")
     flags.add_argument("--not-together", action="store_true", help="without a server beside each worker")
     flags.add_argument("--rounds", type=common.count)
+    flags.add_argument(
+        "--tcp",
+        type=_setting,
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of all hosts, in net.ipv4: tcp_slow_start_after_idle=0",
+    )
     flags.add_argument("--picture", type=pictures.target, metavar="FILE", help=pictures.HELP)
     flags.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # this process is a worker
     arguments = flags.parse_args()
@@ -247,8 +255,15 @@ def main() -> None:
     rows = list(_rows(arguments))
     print("", show(rows), sep="\n")
     if arguments.json:
-        common.write(arguments.json, rows, goals=GOALS)
+        common.write(arguments.json, rows, goals=GOALS, tcp=dict(arguments.tcp))
     pictures.save("links", rows, arguments.picture)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=VALUE")
+    return name, value
 
 
 def _rows(arguments: argparse.Namespace) -> Iterator[common.Row]:
@@ -258,7 +273,7 @@ def _rows(arguments: argparse.Namespace) -> Iterator[common.Row]:
     for rate in arguments.rate or ["50mbit" if quick else "200mbit"]:
         for workers in arguments.workers or ([2] if quick else [8]):
             wirings = wirings_of(workers, arguments.servers, together=not arguments.not_together)
-            rows = list(measure(workers, rate, numels, wirings, rounds))
+            rows = list(measure(workers, rate, numels, wirings, rounds, dict(arguments.tcp)))
             first = rows[0]
             print(
                 f"{workers} workers at {rate}: processors {first['busy']:.0%} busy, {first['stolen']:.0%} stolen; the "

@@ -114,6 +114,19 @@ def test_packets_travel_uncut(rate):
 
 
 @on_hosts
+def test_settings_of_tcp():
+    name = "tcp_slow_start_after_idle"
+    with emulated.hosts(2, rate="25MB/s", tcp={name: "0"}) as h:
+        assert [h.run(i, ["cat", f"/proc/sys/net/ipv4/{name}"]).strip() for i in range(2)] == ["0", "0"]
+        assert h.congestion_control() in ("cubic", "reno")
+    with (
+        pytest.raises(emulated.HostsError, match="tcp_of_tomorrow"),
+        emulated.hosts(1, rate="25MB/s", tcp={"tcp_of_tomorrow": "1"}),
+    ):
+        pass
+
+
+@on_hosts
 def test_a_failure_names_the_process_and_ends_the_others():
     with emulated.hosts(2, rate="1gbit") as h:
         waits = h.start(0, ["sleep", "60"])
