@@ -426,6 +426,7 @@ class ParameterServer:
         itemsize = flat.element_size()
         cut = self._cut(flat, key)
         first = self.rank % len(cut) if cut else 0  # not all workers begin with the same server
+        boxes: list[Outbox] = []
         for range_ in (*cut[first:], *cut[:first]):
             link = self.links[range_.server]
             part = source[range_.start : range_.stop]
@@ -438,11 +439,12 @@ class ParameterServer:
             pieces = wire.parts_of(part, most)
             transfer.missing += len(pieces) - 1
             paced = link.far and part.nbytes > parts.LEAST_BYTES  # statistics need not wait behind gradients
-            box, window = self.outboxes[range_.server], window_bytes(most) if paced else 0
+            boxes.append(box := self.outboxes[range_.server])
+            window = window_bytes(most) if paced else 0
             for number, piece in enumerate(pieces):
                 send = functools.partial(link.ask, wire.Add, key, call, number, dtype)
                 box.put(piece.nbytes, window, functools.partial(send, take=_Into(piece, transfer), payload=piece))
-        while sum(box.feed(most=1) for box in self.outboxes):
+        while sum(box.feed(most=1) for box in boxes):
             pass  # the first part to each server, then the second: a server has a part sooner from all workers
         self.traffic.count(key, flat.nbytes, flat.nbytes)
 
@@ -554,11 +556,7 @@ class ParameterServer:
         if left_s <= 0:
             return False
         wait_s = 0.0005 if self._device_copies else min(left_s, 0.5)
-        rung = self._bells.wait(wait_s)
-        for link in rung:
-            if link is not None:
-                link.unread = True
-        if any(rung):
+        if _heard(self._bells.wait(wait_s)):
             return True
         now = time.monotonic()
         for link in self.links:
@@ -567,17 +565,16 @@ class ParameterServer:
 
     def _notice(self, rung: Sequence[Link | None]) -> None:
         """A server has to hear of a new connection while the program computes."""
+        if rung and all(rung):
+            return
         now = time.monotonic()
-        if not all(rung) or not rung:
-            for link in self.links:
-                link.notice(now)
+        for link in self.links:
+            link.notice(now)
 
     def _pump_in(self, rung: Sequence[Link | None]) -> None:
         """The same, and answers are taken as they come."""
         self._notice(rung)
-        for link in rung or self.links:
-            if link is not None:
-                link.unread = True
+        _heard(rung or self.links)
         self.take_what_came()
 
     def _free_unused(self) -> None:
@@ -621,6 +618,14 @@ def _bells(heard: Sequence[Link], watched: Sequence[Link]) -> Bells[Link | None]
     for link in watched:
         bells.add(link.watch.monitor, None)
     return bells
+
+
+def _heard(rung: Sequence[Link | None]) -> bool:
+    """Links that rang are to be read; whether any did."""
+    links = [link for link in rung if link is not None]
+    for link in links:
+        link.unread = True
+    return bool(links)
 
 
 class _Answered:

@@ -95,8 +95,8 @@ class Outbox:
         self._before = self._link.made
         self.feed()
 
-    def feed(self, most: int = sys.maxsize) -> bool:
-        """Send what may be sent now, of so many `put` at most; whether there was anything."""
+    def feed(self, most: int = sys.maxsize) -> int:
+        """Send what may be sent now, of so many `put` at most; of how many it was."""
         found = 0
         while found < most and self._waiting and self._link.has_credit:
             parcel = self._waiting[0]
@@ -106,4 +106,4 @@ class Outbox:
             self._waiting.popleft()
             parcel.send()
             found += 1
-        return found > 0
+        return found

@@ -114,7 +114,6 @@ class Server:
         self._lives = 0  # epochs that have ended here
         self._unreached: dict[Session, float] = {}  # since when messages could not be sent there
         self._counts: Counter[str] = Counter()
-        self._sent: tuple[Tensor, memoryview] | None = None  # what was sent last, and its bytes
         self._stopped = False
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -315,7 +314,7 @@ class Server:
         message = send.message
         frames: list[bytes | memoryview] = []
         if send.payload is not None:
-            payload = self._bytes_of(send.payload)
+            payload = wire.bytes_of(send.payload)
             self._counts["sent_bytes"] += len(payload)
             if self._checksums and isinstance(message, Sum | wire.Piece | wire.Squares) and not message.checksum:
                 message = replace(message, checksum=wire.checksum_of(payload))
@@ -324,12 +323,6 @@ class Server:
             self._shard.back(send.to)
         else:
             self._unreached.setdefault(send.to, time.monotonic())
-
-    def _bytes_of(self, payload: Tensor) -> memoryview:
-        """A sum goes to all workers, one after the other."""
-        if self._sent is None or self._sent[0] is not payload:
-            self._sent = payload, wire.bytes_of(payload)
-        return self._sent[1]
 
     def _look_for_the_unreached(self, now: float) -> None:
         """Say who is gone, once all that came from there has been read, its farewell perhaps."""
