@@ -18,7 +18,7 @@ from dtrain.comm.rendezvous import gather, meet, open_store
 from dtrain.comm.solo import Solo
 from dtrain.errors import UsageError
 from dtrain.interfaces import interface_towards
-from dtrain.processes import end_with_launcher
+from dtrain.processes import end_with_launcher, print_whole_lines
 from dtrain.ps.client import ParameterServer
 from dtrain.ps.scheduler import lookup
 from dtrain.serving import own_servers
@@ -99,6 +99,8 @@ def connect(
     join = _finder(name)
     if name != "threads":
         end_with_launcher(place, f"worker {place.rank}")
+        if place.world_size > 1:
+            print_whole_lines()
     limit_s = 60.0 if place.timeout_s is None else place.timeout_s
     patience_s = 30.0 if place.connect_timeout_s is None else place.connect_timeout_s
     if not (limit_s > 0 and patience_s > 0):

@@ -51,7 +51,7 @@ class Child:
         self.name = name
         read_end, self._lifeline = os.pipe()
         place = env.Place(**{**vars(place), "launcher_fd": read_end})
-        # Errors without a name go straight to where ours go: they are whole lines, and outlive this process.
+        # Errors without a name go straight to where ours go, and outlive this process; see `print_whole_lines`.
         targets = (
             [sys.stdout, sys.stderr] if prefix_output else [None if _is_terminal(sys.stdout) else sys.stdout, None]
         )
@@ -189,6 +189,15 @@ def _parent(place: env.Place) -> int | None:
         _parents.append(os.pidfd_open(os.getppid()))
         return _parents[0]
     return None
+
+
+def print_whole_lines() -> None:
+    """Let nothing come into the middle of a line on stderr, which the processes of a job share.
+
+    Without a buffer (`python -u`, PYTHONUNBUFFERED, as in many containers) Python writes a traceback word by word.
+    """
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # somebody has replaced it, or closed it
+        sys.stderr.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
 
 
 _parents: list[int] = []

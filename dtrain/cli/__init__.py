@@ -18,7 +18,7 @@ from dtrain.cli.reporting import Report
 from dtrain.cli.serving import KeysCommand, SchedulerCommand, ServerCommand
 from dtrain.cli.training import Compare, Launch, Train
 from dtrain.errors import DtrainError, UsageError
-from dtrain.processes import leave_word
+from dtrain.processes import leave_word, print_whole_lines
 
 _COMMANDS: dict[str, tuple[Any, str]] = {
     "train": (Train, "train a recipe over one backend"),
@@ -48,6 +48,7 @@ DTRAIN_DEBUG=1 shows tracebacks, DTRAIN_LOG_LEVEL=info the place in the job.
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process with the command's exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    print_whole_lines()
     sys.exit(_guarded(lambda: _dispatch(arguments)))
 
 
