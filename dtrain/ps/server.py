@@ -402,7 +402,8 @@ class Server:
             self._spans.done(*effect.parts[0][1].round)
             by_socket = len(shared) < len(effect.parts)
             checksum = wire.checksum_of(wire.bytes_of(outputs[0])) if self._checksums and by_socket else 0
-            for session, part in effect.parts:
+            first = self.terms.server % len(effect.parts)  # not all servers answer the same worker first
+            for session, part in (*effect.parts[first:], *effect.parts[:first]):
                 if part.shared and part.ends_request():
                     self._act(self._shard.answer(session, Done(part.seq)))
                 elif not part.shared:
