@@ -8,7 +8,7 @@ PART_S = 0.003
 """A part is what is summed in this time: large enough for what a message costs (0.3 ms here), small enough that results
 travel while gradients still come."""
 SLOW_PART_BYTES = 160 * 2**10
-SLOW_PART_S = 0.007
+SLOW_PART_S = 0.006
 """Over slow links a part is larger than that, up to those bytes and this time: where many processes share a processor a
 message costs more, and before the first part has come from all workers, links to them are idle. Found with 8 workers
 and servers on 2 cores at 50, 100 and 200 Mbit/s; figures in benchmarks/README.md."""
