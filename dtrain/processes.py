@@ -191,15 +191,6 @@ def _parent(place: env.Place) -> int | None:
     return None
 
 
-def print_whole_lines() -> None:
-    """Let nothing come into the middle of a line on stderr, which the processes of a job share.
-
-    Without a buffer (`python -u`, PYTHONUNBUFFERED, as in many containers) Python writes a traceback word by word.
-    """
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # somebody has replaced it, or closed it
-        sys.stderr.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
-
-
 _parents: list[int] = []
 _watched: set[int] = set()  # file descriptors that a thread looks at
 
@@ -268,6 +259,15 @@ def remove(job_dir: str | None) -> None:
     """Remove the job's directory of sockets and rendezvous files."""
     if job_dir and Path(job_dir).name.startswith("dtrain-"):
         shutil.rmtree(job_dir, ignore_errors=True)
+
+
+def print_whole_lines() -> None:
+    """Let nothing come into the middle of a line on stderr, which the processes of a job share.
+
+    Without a buffer (`python -u`, PYTHONUNBUFFERED, as in many containers) Python writes a traceback word by word.
+    """
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # somebody has replaced it, or closed it
+        sys.stderr.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
 
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")

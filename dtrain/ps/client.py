@@ -31,7 +31,7 @@ from dtrain.ps.hosting import Hosting
 from dtrain.ps.link import Joining, Link, copy_into
 from dtrain.ps.memory import Buffers, Common, Place, Staging, bytes_as, size_class
 from dtrain.ps.outbox import Outbox, learn_part_bytes, window_bytes
-from dtrain.ps.placement import Range, split_even
+from dtrain.ps.placement import Range, in_turn, split_even
 from dtrain.ps.pump import Pump
 from dtrain.ps.staging import DeviceCopy, pinned
 from dtrain.ps.wire import Answer
@@ -424,10 +424,8 @@ class ParameterServer:
                 transfer.staged = (data, source, flat)
         dtype = dtype_name(flat.dtype)
         itemsize = flat.element_size()
-        cut = self._cut(flat, key)
-        first = self.rank % len(cut) if cut else 0  # not all workers begin with the same server
         boxes: list[Outbox] = []
-        for range_ in (*cut[first:], *cut[:first]):
+        for range_ in in_turn(self._cut(flat, key), self.rank):
             link = self.links[range_.server]
             part = source[range_.start : range_.stop]
             transfer.missing += 1

@@ -12,12 +12,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 from dtrain.errors import UsageError
 from dtrain.tables import table as _columns
 
 SMALL_BYTES = 2**16
 """What is smaller than this is not divided."""
+
+Item = TypeVar("Item")
 
 _LARGE_MODEL = 2**20
 _STATELESS_GRAIN = 1024
@@ -95,6 +98,13 @@ def split_even(numel: int, itemsize: int, num_servers: int, salt: int) -> list[R
     else:
         bounds = [_nearest_cut([0, numel], numel * s // num_servers, _STATELESS_GRAIN) for s in range(num_servers + 1)]
     return [Range((part.server + salt) % num_servers, part.start, part.stop) for part in _ranges(bounds)]
+
+
+def in_turn(items: Sequence[Item], number: int) -> list[Item]:
+    """All of them, beginning with another one for each number: not all workers go to the same server first, and not all
+    servers to the same worker."""
+    first = number % max(1, len(items))
+    return [*items[first:], *items[:first]]
 
 
 def table(

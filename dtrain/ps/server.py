@@ -26,6 +26,7 @@ from dtrain.ps.holder import Holder
 from dtrain.ps.link import error_of
 from dtrain.ps.listener import Listener
 from dtrain.ps.members import Send, Session, Terms
+from dtrain.ps.placement import in_turn
 from dtrain.ps.shard import Shard
 from dtrain.ps.spans import Spans
 from dtrain.ps.sums import Reduction
@@ -402,8 +403,7 @@ class Server:
             self._spans.done(*effect.parts[0][1].round)
             by_socket = len(shared) < len(effect.parts)
             checksum = wire.checksum_of(wire.bytes_of(outputs[0])) if self._checksums and by_socket else 0
-            first = self.terms.server % len(effect.parts)  # not all servers answer the same worker first
-            for session, part in (*effect.parts[first:], *effect.parts[:first]):
+            for session, part in in_turn(effect.parts, self.terms.server):
                 if part.shared and part.ends_request():
                     self._act(self._shard.answer(session, Done(part.seq)))
                 elif not part.shared:

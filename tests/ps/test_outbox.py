@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -224,11 +225,13 @@ def test_over_slow_links_parts_take_longer(rate: float, kib: int):
 class _Hesitant(_Paced):
     """The same, and what comes first, of each size, takes much longer."""
 
+    def __init__(self, inner: Backend, bytes_per_s: float) -> None:
+        super().__init__(inner, bytes_per_s)
+        self._seen: Counter[int] = Counter()
+
     def all_reduce(self, flat: Tensor, key: str) -> object:
-        seen = self.__dict__.setdefault("seen", [])
-        late = seen.count(flat.nbytes) < 2
-        seen.append(flat.nbytes)
-        time.sleep(0.08 if late else 0.0)
+        self._seen[flat.nbytes] += 1
+        time.sleep(0.08 if self._seen[flat.nbytes] <= 2 else 0.0)
         return super().all_reduce(flat, key)
 
 

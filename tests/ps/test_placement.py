@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.errors import UsageError
-from dtrain.ps.placement import SMALL_BYTES, Range, grain, place, split_even, table
+from dtrain.ps.placement import SMALL_BYTES, Range, grain, in_turn, place, split_even, table
 
 NUMELS = st.one_of(st.integers(0, 300), st.integers(0, 100_000), st.sampled_from([0, 1, 128, 1024, 2**20 + 1]))
 BUCKETS = st.lists(st.tuples(st.lists(NUMELS, max_size=6), st.sampled_from([2, 4, 8])), min_size=1, max_size=8)
@@ -116,3 +116,8 @@ def test_the_table_has_a_row_for_each_server():
         ["a:1", "0.080", "49.9", "%", "1", "1"],
         ["b:2", "0.080", "50.1", "%", "1", "1"],
     ]
+
+
+def test_everybody_begins_with_another_one():
+    assert [in_turn("abc", number) for number in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    assert in_turn([], 3) == []
